@@ -1,0 +1,193 @@
+"""What a method is: a frozen set of parameters that swaps modules into a model, and what those modules must do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, MethodError
+from ..record import Recorder
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    from ..analysis import LayerStatistics
+    from ..data import ImageSource
+    from ..model import Grid, LeanVisionTransformer
+
+
+class LeanModule(nn.Module):
+    """A module that a method put into a block. What a method does not need, it leaves as it is here."""
+
+    method: ClassVar[str] = ""
+    needs_all_tokens: ClassVar[bool] = False
+    """Whether it works only on all tokens of the grid, in order."""
+    reduces_tokens: ClassVar[bool] = False
+    """Whether fewer tokens leave it than enter it."""
+
+    def start(self, dense: Block, inputs: Iterable[Tensor]) -> None:
+        """Warm start in closed form.
+
+        Args:
+            dense: The block of the dense model at the same place.
+            inputs: Its inputs on the warm-start images, batch by batch, each ``(B, P + N, C)``.
+        """
+
+    def set_progress(self, progress: float) -> None:
+        """Training has come this far, from 0 to 1."""
+
+    def not_ready(self) -> str:
+        """Why the deployed form would give other outputs than this one; empty when it gives the same."""
+        return ""
+
+    def deployed(self) -> nn.Module:
+        """The inference form, made from this module, which may be used up."""
+        return self
+
+    def original(self) -> None:
+        """Turn back into the dense module it was made of, if it was made of one."""
+
+    def resize(self, old: Grid, new: Grid, positions: Tensor) -> Tensor:
+        """Fit another patch grid.
+
+        Args:
+            old, new: Height and width of the patch grid.
+            positions: Where the tokens that enter lie on the new grid, ``(M, 2)`` in [0, 1].
+
+        Returns:
+            Where the tokens that leave lie.
+        """
+        return positions
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of the methods: a frozen dataclass of parameters, checked when built and written to JSON and back."""
+
+    name: ClassVar[str]
+    reduces_tokens: ClassVar[bool] = False
+    """Whether fewer tokens leave some block than enter it."""
+
+    def reductions(self, depth: int) -> tuple[int, ...]:
+        """The blocks in front of which tokens are reduced, in a model of `depth` blocks; needs resolved parameters."""
+        return ()
+
+    def resolve(self, plan: Plan) -> Self:
+        """Decide every parameter that is left to measurement or to the model's depth, and check it against the model."""
+        return self
+
+    def swap_in(self, lean: LeanVisionTransformer) -> None:
+        """Replace modules of a model in place. The parameters are resolved."""
+        raise NotImplementedError
+
+    def losses(self, found: Recorder) -> dict[str, Tensor]:
+        """The method's own loss terms, weighted, from what its modules offered in a forward pass."""
+        return {}
+
+    def set_progress(self, lean: LeanVisionTransformer, progress: float) -> None:
+        """Tell the method's modules how far training has come.
+
+        Args:
+            lean: The model in training.
+            progress: From 0 to 1.
+        """
+        for module in lean.modules():
+            if isinstance(module, LeanModule) and module.method == self.name:
+                module.set_progress(progress)
+
+    def to_config(self) -> dict[str, Any]:
+        """The method as JSON: its name and its parameters."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        """The method as `--method` takes it; parameters at their default are left out."""
+        changed = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                changed.append(f"{field.name}={text}")
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+
+class Plan:
+    """What methods may ask when they decide their parameters.
+
+    Args:
+        model: The dense model.
+        images: Unlabelled images, for measurements.
+    """
+
+    def __init__(self, model: VisionTransformer, images: ImageSource | None) -> None:
+        self.model = model
+        self.images = images
+        self.depth = len(model.blocks)
+        self.first_reduction = self.depth
+        """The first block in front of which a method reduces tokens; the depth where none does."""
+
+    @cached_property
+    def statistics(self) -> list[LayerStatistics]:
+        """How each layer of the dense model attends, measured once, when first asked for."""
+        from ..analysis import attention_statistics
+
+        if self.images is None:
+            raise ConfigError("a parameter is 'auto', which is measured: give images (slim(..., images=...), --data-dir)")
+        return attention_statistics(self.model, self.images)
+
+    def resolve(self, methods: Sequence[Method]) -> tuple[Method, ...]:
+        """Decide the parameters of all methods, those that reduce tokens first: the others depend on where that happens."""
+        names = [method.name for method in methods]
+        for name in names:
+            if names.count(name) > 1:
+                raise MethodError(f"{name} is given more than once; give it one set of parameters")
+        resolved: dict[str, Method] = {}
+        for method in sorted(methods, key=lambda method: not method.reduces_tokens):
+            resolved[method.name] = method.resolve(self)
+            self.first_reduction = min((self.first_reduction, *resolved[method.name].reductions(self.depth)))
+        return tuple(resolved[name] for name in names)
+
+    def check_blocks(self, method: str, blocks: Iterable[int]) -> None:
+        """Refuse block indices that the model does not have."""
+        for index in blocks:
+            if not 0 <= index < self.depth:
+                raise MethodError(f"{method}: block {index} does not exist; the model has blocks 0 to {self.depth - 1}")
+
+
+def grid_positions(grid: Grid) -> Tensor:
+    """Centres of the patches of a grid, row by row: ``(h·w, 2)`` as (y, x) in [0, 1]."""
+    y = (torch.arange(grid[0], dtype=torch.float64) + 0.5) / grid[0]
+    x = (torch.arange(grid[1], dtype=torch.float64) + 0.5) / grid[1]
+    return torch.cartesian_prod(y, x)
+
+
+def block_indices(method: str, parameter: str, value: Any) -> tuple[int, ...] | str:
+    """Block indices as a user may write them: one, several, or ``"auto"`` / ``"auto:K"``.
+
+    Raises:
+        ConfigError: Anything else, or an index given twice or below zero.
+    """
+    if isinstance(value, str):
+        auto_count(value, default=1)
+        return value
+    blocks = (value,) if isinstance(value, int) else tuple(value)
+    if any(not isinstance(index, int) or index < 0 for index in blocks) or len(set(blocks)) < len(blocks):
+        raise ConfigError(f"{method}: {parameter}={value} must be block indices from 0 on, each given once")
+    return tuple(sorted(blocks))
+
+
+def auto_count(text: str, default: int) -> int:
+    """The K of ``"auto:K"``, the default of ``"auto"``.
+
+    Raises:
+        ConfigError: The text is neither.
+    """
+    name, colon, count = text.partition(":")
+    if name != "auto" or (colon and not (count.isdigit() and int(count))):
+        raise ConfigError(f"{text!r} is not a list of blocks, 'auto' or 'auto:K' with K at least 1")
+    return int(count) if count else default

@@ -1,0 +1,238 @@
+"""DGSSA: early layers attend the same way in every image, so a learned static matrix replaces query by key.
+
+Source: Yu et al., 2023, arXiv 2310.07664. Choosing layers by measured variance, starting from the mean attention and
+parametrising by logits are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from ..analysis import attention_map
+from ..errors import ConfigError, InputSizeError, MethodError
+from ..ops.static import resize_static, static_attention
+from ..record import Recorder, offer
+from . import register
+from .base import LeanModule, Method, Plan, auto_count, block_indices
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import Block
+
+    from ..model import Grid, LeanVisionTransformer
+
+
+@register
+@dataclass(frozen=True)
+class DGSSA(Method):
+    """Replace the attention of chosen layers by dynamic-guided static self-attention.
+
+    Args:
+        layers: Blocks to replace; ``"auto:K"`` takes the K whose attention varies least between images, among those before any
+            token reduction, ``"auto"`` a third of the depth. Both need images.
+        guidance: Share of training over which the dynamic attention hands over to the static one; 0 starts static.
+        guidance_weight: Weight of the loss ``KL(E_batch[A_dynamic] ‖ S)`` while both are there.
+        max_mb: Largest static matrix of a layer, in MB of fp32.
+
+    Raises:
+        ConfigError: A value out of range.
+    """
+
+    name: ClassVar[str] = "dgssa"
+
+    layers: tuple[int, ...] | str = "auto"
+    guidance: float = 0.5
+    guidance_weight: float = 1.0
+    max_mb: float = 256.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", block_indices(self.name, "layers", self.layers))
+        if not 0 <= self.guidance <= 1:
+            raise ConfigError(f"dgssa: guidance={self.guidance} is not in [0, 1]")
+        if self.guidance_weight < 0:
+            raise ConfigError(f"dgssa: guidance_weight={self.guidance_weight} is negative")
+        if self.max_mb <= 0:
+            raise ConfigError(f"dgssa: max_mb={self.max_mb} is not positive")
+
+    def resolve(self, plan: Plan) -> Self:
+        layers = self.layers
+        if isinstance(layers, str):
+            count = auto_count(layers, default=max(1, plan.depth // 3))
+            if count > plan.first_reduction:
+                raise MethodError(
+                    f"dgssa: layers={layers!r} asks for {count} layers and only {plan.first_reduction} come before tokens are reduced"
+                )
+            variance = {layer.index: layer.relative_variance for layer in plan.statistics[: plan.first_reduction]}
+            layers = tuple(sorted(sorted(variance, key=lambda index: variance[index])[:count]))
+        plan.check_blocks(self.name, layers)
+        return replace(self, layers=layers)
+
+    def swap_in(self, lean: LeanVisionTransformer) -> None:
+        tokens = lean.num_prefix_tokens + lean.blocks.grid[0] * lean.blocks.grid[1]
+        for index in self.layers:
+            StaticAttention.adopt(lean.blocks[int(index)].attn, int(index), tokens, lean.num_prefix_tokens, self)
+
+    def losses(self, found: Recorder) -> dict[str, Tensor]:
+        terms = [record.value for record in found["guidance"]]
+        return {"guidance": self.guidance_weight * torch.stack(terms).mean()} if terms and self.guidance_weight else {}
+
+
+class StaticAttention(LeanModule, Attention):
+    """timm's attention with, per head, a static matrix beside query and key.
+
+    While it trains with guidance it mixes ``(1 − α)·A_dynamic + α·S``; at α = 1, where it stands outside training, query and key
+    are not computed. `logits` is ``(H, N, N)``; a softmax over its rows gives S.
+    """
+
+    method: ClassVar[str] = DGSSA.name
+    needs_all_tokens: ClassVar[bool] = True
+
+    layer: int
+    prefix: int
+    config: DGSSA
+    alpha: Tensor
+    logits: nn.Parameter
+
+    @classmethod
+    def adopt(cls, attention: Attention, layer: int, tokens: int, prefix: int, config: DGSSA) -> None:
+        """Turn a timm attention into a static one in place; uniform over all tokens until it is warm-started."""
+        attention.__class__ = cls
+        attention.layer, attention.prefix, attention.config = layer, prefix, config
+        attention.register_buffer("alpha", torch.ones((), device=attention.qkv.weight.device))
+        check_memory(attention.num_heads, tokens, config.max_mb)
+        attention.logits = nn.Parameter(attention.qkv.weight.new_zeros(attention.num_heads, tokens, tokens))
+
+    def original(self) -> None:
+        del self.logits, self.alpha, self.layer, self.prefix, self.config
+        self.__class__ = Attention  # type: ignore[assignment]
+
+    @property
+    def static(self) -> Tensor:
+        """S: the attention of each query over the keys, ``(H, N, N)``, rows summing to one."""
+        return self.logits.softmax(dim=-1)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if x.shape[1] != self.logits.shape[-1]:
+            raise InputSizeError(
+                f"dgssa: block {self.layer} gets {x.shape[1]} tokens and was made for {self.logits.shape[-1]}; "
+                "call set_input_size() for another image size"
+            )
+        alpha = float(self.alpha)
+        if alpha < 1:
+            mixed = self._guided(x, alpha)
+        else:
+            offer("attention", self.layer, lambda: self.static)
+            mixed = static_attention(self.attn_drop(self.static), self._values(x))
+        return self._project(x, mixed)
+
+    def _guided(self, x: Tensor, alpha: float) -> Tensor:
+        dynamic = attention_map(self, x)  # (B, H, N, N)
+        static = self.static
+        offer("guidance", self.layer, lambda: guidance_loss(dynamic, static))
+        attention = torch.lerp(dynamic, static.to(dynamic.dtype).expand_as(dynamic), alpha)
+        offer("attention", self.layer, lambda: attention)
+        v = self._values(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, d)
+        return (self.attn_drop(attention).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+    def _values(self, x: Tensor) -> Tensor:
+        weight, bias = value_projection(self)
+        return nn.functional.linear(x, weight, bias)
+
+    def _project(self, x: Tensor, mixed: Tensor) -> Tensor:
+        mixed = self.norm(mixed)
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def start(self, dense: Block, inputs: Iterable[Tensor]) -> None:
+        """S starts as the mean of the dense layer's attention over the images."""
+        total, images = torch.zeros_like(self.logits), 0
+        for x in inputs:
+            total += attention_map(dense.attn, dense.norm1(x)).sum(dim=0)
+            images += len(x)
+        self.logits.copy_((total / images).clamp_min(1e-8).log())
+
+    def set_progress(self, progress: float) -> None:
+        share = self.config.guidance
+        self.alpha.fill_(1.0 if progress >= share else progress / share)
+
+    def not_ready(self) -> str:
+        alpha = float(self.alpha)
+        return f"guidance is not over, {1 - alpha:.0%} of the attention is still dynamic" if alpha < 1 else ""
+
+    def deployed(self) -> nn.Module:
+        return DeployedStaticAttention(self)
+
+    @torch.no_grad()
+    def resize(self, old: Grid, new: Grid, positions: Tensor) -> Tensor:
+        check_memory(self.num_heads, self.prefix + new[0] * new[1], self.config.max_mb)
+        static = resize_static(self.static, self.prefix, old, new)
+        self.logits = nn.Parameter(static.clamp_min(1e-12).log(), self.logits.requires_grad)
+        return positions
+
+    def __repr__(self) -> str:
+        heads, tokens, _ = self.logits.shape
+        return f"static attention, {heads} heads of {tokens}×{tokens}"
+
+
+class DeployedStaticAttention(nn.Module):
+    """Static attention for inference: ``proj(S·V)``, ``2·N·C² + N²·C`` MACs an image; no query, key or softmax."""
+
+    def __init__(self, trained: StaticAttention) -> None:
+        super().__init__()
+        weight, bias = (None if part is None else part.detach() for part in value_projection(trained))
+        self.gate, self.norm, self.proj, self.proj_drop = trained.gate, trained.norm, trained.proj, trained.proj_drop
+        # Rows of S sum to one, so a bias of the values comes out as it went in: the projection's bias can carry it.
+        folds = bias is not None and isinstance(self.norm, nn.Identity) and self.gate is None
+        self.v = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None and not folds, device="meta")
+        self.v.weight = nn.Parameter(weight.clone())
+        if folds:
+            carried = self.proj.weight.detach() @ bias
+            self.proj.bias = nn.Parameter(carried if self.proj.bias is None else self.proj.bias.detach() + carried)
+        elif bias is not None:
+            self.v.bias = nn.Parameter(bias.clone())
+        self.static = nn.Parameter(trained.static.detach())
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        mixed = self.norm(static_attention(self.static, self.v(x)))
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        heads, tokens, _ = self.static.shape
+        return f"static attention, {heads} heads of {tokens}×{tokens}, deployed"
+
+
+def value_projection(attention: Attention) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the values in timm's joint projection, whose rows are query, key, value."""
+    rows = slice(2 * attention.attn_dim, None)
+    bias = attention.qkv.bias
+    return attention.qkv.weight[rows], None if bias is None else bias[rows]
+
+
+def guidance_loss(dynamic: Tensor, static: Tensor) -> Tensor:
+    """``KL(E_batch[A_dynamic] ‖ S)``, mean over heads and queries: S inherits what the dynamic attention knows.
+
+    Args:
+        dynamic: ``(B, H, N, N)``.
+        static: ``(H, N, N)``.
+    """
+    mean = dynamic.float().mean(dim=0).clamp_min(1e-8)
+    return (mean * (mean.log() - static.float().clamp_min(1e-8).log())).sum(dim=-1).mean()
+
+
+def check_memory(heads: int, tokens: int, max_mb: float) -> None:
+    """Refuse a static matrix of ``H·N²`` fp32 values above the limit."""
+    size = heads * tokens**2 * 4 / 1e6
+    if size > max_mb:
+        raise MethodError(
+            f"dgssa: static attention of {heads} heads over {tokens} tokens takes {size:.0f} MB a layer, over max_mb={max_mb:.0f}; "
+            "use a smaller input or raise max_mb"
+        )

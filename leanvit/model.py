@@ -1,0 +1,421 @@
+"""How tokens flow: a timm Vision Transformer whose blocks pass `Tokens`, and the way into that form and out of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .errors import DeployError, InputSizeError, MethodError, RestoreError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .data import ImageSource
+    from .methods.base import LeanModule, Method
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What travels from block to block.
+
+    Args:
+        x: The tokens, ``(B, P + M, C)``: P prefix tokens (class, registers), then M patch tokens.
+        prefix: P.
+        grid: Height and width of the patch grid the images came with.
+        reduced: Whether tokens were removed or merged: the M tokens are no longer all ``h·w`` patches in order.
+        source: ``(B, M, h·w)``, the share of each patch of the grid in each token; rows sum to one. Kept only on request
+            (`track`) and once tokens were reduced: inference has no use for it.
+        track: Whether methods that reduce tokens shall keep `source`.
+    """
+
+    x: Tensor
+    prefix: int
+    grid: Grid
+    reduced: bool = False
+    source: Tensor | None = None
+    track: bool = False
+
+    @property
+    def patches(self) -> Tensor:
+        """The patch tokens, ``(B, M, C)``."""
+        return self.x[:, self.prefix :]
+
+    def aggregate(self, pooled: Tensor, weights: Tensor) -> Tokens:
+        """The tokens after a linear reduction of the patch tokens; prefix tokens pass through.
+
+        Args:
+            pooled: The new patch tokens, ``(B, M', C)``.
+            weights: The map that made them, ``(B, M', M)``, rows summing to one.
+        """
+        x = torch.cat([self.x[:, : self.prefix], pooled], dim=1)
+        source = None
+        if self.track:
+            source = weights if self.source is None else weights @ self.source
+        return replace(self, x=x, reduced=True, source=source)
+
+    def reduce(self, dense: Tensor) -> Tensor:
+        """Reduce the tokens of the dense model the way these were: ``(B, P + h·w, C)`` → ``(B, P + M, C)``."""
+        if not self.reduced:
+            return dense
+        patches = self._tracked().to(dense.dtype) @ dense[:, self.prefix :]
+        return torch.cat([dense[:, : self.prefix], patches], dim=1)
+
+    def expand(self) -> Tensor:
+        """Put the tokens back on the full grid: ``(B, P + M, C)`` → ``(B, P + h·w, C)``.
+
+        Each patch becomes the mean of the tokens it went into, weighted by its share in them (METHODS: GLAD, dense prediction).
+        """
+        if not self.reduced:
+            return self.x
+        share = self._tracked().transpose(1, 2)  # (B, h·w, M)
+        share = share / share.sum(dim=-1, keepdim=True).clamp_min(1e-6)
+        return torch.cat([self.x[:, : self.prefix], share.to(self.x.dtype) @ self.patches], dim=1)
+
+    def _tracked(self) -> Tensor:
+        if self.source is None:
+            raise MethodError("these tokens were reduced without keeping where they came from; ask for track=True")
+        return self.source
+
+
+class LeanBlock(Block):
+    """A timm block with, in front of it, the stages that change the tokens before they enter."""
+
+    stages: nn.ModuleDict
+
+    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
+        for stage in self.stages.values():
+            tokens = stage(tokens)
+        return replace(tokens, x=super().forward(tokens.x))
+
+    def lean_modules(self) -> list[LeanModule]:
+        """The modules in this block that a method put there, in the order in which tokens meet them."""
+        from .methods.base import LeanModule
+
+        return [m for m in (*self.stages.values(), self.attn, self.mlp) if isinstance(m, LeanModule)]
+
+    def __repr__(self) -> str:
+        attention = repr(self.attn) if not type(self.attn) is Attention else "dense"
+        return ", ".join([*map(repr, self.stages.values()), attention])
+
+
+class LeanBlocks(nn.Sequential):
+    """The blocks of a lean model: takes and gives the plain tensor timm expects, and passes `Tokens` inside."""
+
+    prefix: int
+    grid: Grid
+    grad_checkpointing: bool = False
+
+    def __getitem__(self, index: int | slice) -> Any:
+        part = super().__getitem__(index)
+        if isinstance(part, LeanBlocks):
+            part.prefix, part.grid, part.grad_checkpointing = self.prefix, self.grid, self.grad_checkpointing
+        return part
+
+    def tokens(self, x: Tensor, track: bool = False) -> Tokens:
+        """The embedded images ``(B, P + h·w, C)`` as `Tokens`, all in order."""
+        return Tokens(x, self.prefix, self.grid, track=track)
+
+    def run(self, tokens: Tokens) -> Tokens:
+        """Pass tokens through every block."""
+        for block in self:
+            tokens = self.step(block, tokens)
+        return tokens
+
+    def step(self, block: nn.Module, tokens: Tokens) -> Tokens:
+        """Pass tokens through one block, its activations recomputed in the backward pass if so asked."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(tokens)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.tokens(x)).x
+
+    def steps(self) -> list[Callable[[Tensor], Tensor]]:
+        """One callable per block, for a caller that walks the blocks by itself and wants every map on the full grid.
+
+        timm's `forward_intermediates` does. What is passed between the blocks stays `Tokens`, held by this walk and not by
+        the modules, so two walks at a time do not meet.
+        """
+        state: list[Tokens] = []
+
+        def step_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
+            def step(x: Tensor) -> Tensor:
+                tokens = state.pop() if state else self.tokens(x, track=True)
+                state.append(self.step(block, tokens))
+                return state[-1].expand()
+
+            return step
+
+        return [step_of(block) for block in self]
+
+    def resize(self, grid: Grid) -> None:
+        """Make every module that depends on positions fit a new patch grid."""
+        from .methods.base import grid_positions
+
+        positions = grid_positions(grid)
+        for block in self:
+            for module in block.lean_modules():
+                positions = module.resize(self.grid, grid, positions)
+        self.grid = grid
+
+    def __repr__(self) -> str:
+        lines = [f"  ({name}): {block!r}" for name, block in self.named_children()]
+        return "LeanBlocks(\n" + "\n".join(lines) + "\n)"
+
+
+@dataclass(frozen=True)
+class LeanInfo:
+    """What was done to a model: the methods with every parameter decided, and whether it is in its deployed form.
+
+    Args:
+        methods: The methods, in the order given.
+        deployed: Whether only what inference needs is left.
+        digests: A digest of every tensor of the dense model, by state-dict key; `restore` checks against them.
+    """
+
+    methods: tuple[Method, ...] = ()
+    deployed: bool = False
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.methods)) or "no method"
+
+
+class LeanModel:
+    """What a lean model does differently from the timm model it is made of; everything else is timm's own code."""
+
+    lean: LeanInfo
+    blocks: LeanBlocks
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The tokens that are left after the last block, normalised: ``(B, P + M, C)``."""
+        _refuse_mask(attn_mask, is_causal)
+        return super().forward_features(x)  # type: ignore[misc, no-any-return]
+
+    def forward_tokens(self, x: Tensor, track: bool = False) -> Tokens:
+        """`forward_features` with what became of each patch: `forward_head(tokens.x)` gives the logits.
+
+        Args:
+            x: Images ``(B, 3, H, W)``.
+            track: Keep which patches each token stands for (`Tokens.source`).
+        """
+        last: list[Tokens] = []
+
+        def blocks(embedded: Tensor) -> Tensor:
+            last.append(self.blocks.run(self.blocks.tokens(embedded, track)))
+            return last[0].x
+
+        normed = super(LeanModel, _with_blocks(self, blocks)).forward_features(x)  # type: ignore[misc]
+        return replace(last[0], x=normed)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's `forward_intermediates`: maps on the full grid, removed or aggregated tokens put back in their places."""
+        _refuse_mask(kwargs.get("attn_mask"), kwargs.get("is_causal", False))
+        walk = _with_blocks(self, self.blocks.steps())
+        return super(LeanModel, walk).forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass, block by block."""
+        super().set_grad_checkpointing(enable)  # type: ignore[misc]
+        self.grad_checkpointing = False  # timm would walk the blocks itself, with plain tensors
+        self.blocks.grad_checkpointing = enable
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Make the model fit another input or patch size, positional parameters of the methods included."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)  # type: ignore[misc]
+        if self.lean.deployed and any(block.lean_modules() for block in self.blocks):
+            raise DeployError("a deployed model has no way to another input size; resize the lean model, then deploy")
+        self.blocks.resize(self.patch_embed.grid_size)  # type: ignore[attr-defined]
+
+    def new_parameter_names(self) -> set[str]:
+        """Names of the parameters that the methods added; all others are inherited."""
+        return {name for name, _ in self.named_parameters() if name not in self.lean.digests}  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        return f"method={self.lean}, deployed={self.lean.deployed}"
+
+
+class LeanVisionTransformer(LeanModel, VisionTransformer):
+    """A timm `VisionTransformer` with lean blocks."""
+
+
+class LeanVisionTransformerDistilled(LeanModel, VisionTransformerDistilled):
+    """A timm `VisionTransformerDistilled` with lean blocks."""
+
+
+_LEAN_CLASSES: dict[type, type] = {
+    VisionTransformer: LeanVisionTransformer,
+    VisionTransformerDistilled: LeanVisionTransformerDistilled,
+}
+_DENSE_CLASSES = {lean: dense for dense, lean in _LEAN_CLASSES.items()}
+
+
+def slim(model: nn.Module, *methods: Method, images: ImageSource | None = None) -> LeanVisionTransformer:
+    """Swap methods into a copy of a pretrained Vision Transformer; every weight that still has a place is inherited.
+
+    Args:
+        model: A timm `VisionTransformer` with plain blocks; it is left as it is.
+        methods: What to apply; none gives exactly the dense outputs.
+        images: Unlabelled images (a path, a data set, a loader or a tensor ``(B, 3, H, W)``), for parameters that are chosen by
+            measurement, such as ``DGSSA(layers="auto:4")``.
+
+    Raises:
+        UnsupportedModelError: The model or one of its blocks is of a kind that is not known, by name.
+        MethodError: A method does not fit the model or the methods before it.
+        ConfigError: A parameter is to be measured and there are no images.
+    """
+    from .methods.base import Plan
+
+    check_supported(model)
+    plan = Plan(model, images)
+    return build(model, plan.resolve(methods))
+
+
+def build(model: nn.Module, methods: Sequence[Method], deployed: bool = False) -> LeanVisionTransformer:
+    """The lean form of a copy of `model` with every method's parameters already decided; measures nothing."""
+    check_supported(model)
+    lean = copy.deepcopy(model)
+    lean.__class__ = _LEAN_CLASSES[type(model)]  # keeps all of timm's attributes, also those of releases to come
+    lean.lean = LeanInfo(tuple(methods), digests=digests(model.state_dict()))
+    lean.blocks = _lean_blocks(lean)
+    for method in methods:
+        method.swap_in(lean)
+    check_order(lean)
+    if lean.grad_checkpointing:
+        lean.set_grad_checkpointing(True)
+    return deploy(lean) if deployed else lean  # type: ignore[return-value]
+
+
+def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
+    """The inference form of a lean model: what is skipped is really skipped, what only training needs is gone.
+
+    Args:
+        model: A lean model; it is left as it is.
+        force: Deploy although training has not finished what a method must finish first, which changes the outputs.
+
+    Raises:
+        DeployError: The model is not lean, or a method is not ready.
+    """
+    info = _lean_info(model, DeployError)
+    fast = copy.deepcopy(model).eval()
+    if info.deployed:
+        return fast  # type: ignore[return-value]
+    for index, block in enumerate(fast.blocks):
+        for module in block.lean_modules():
+            reason = module.not_ready()
+            if reason and not force:
+                raise DeployError(f"block {index} is not ready to deploy: {reason}; force=True deploys it all the same")
+        for name, stage in block.stages.items():
+            block.stages[name] = stage.deployed()
+        for name in ("attn", "mlp"):
+            module = getattr(block, name)
+            if hasattr(module, "deployed"):
+                setattr(block, name, module.deployed())
+    fast.lean = replace(info, deployed=True)
+    return fast.requires_grad_(False)  # type: ignore[return-value]
+
+
+def restore(model: nn.Module) -> VisionTransformer:
+    """The dense timm model that a lean model was made of.
+
+    Raises:
+        RestoreError: The model is not lean, or some of the dense weights are gone or were changed since.
+    """
+    info = _lean_info(model, RestoreError)
+    if info.deployed:
+        raise RestoreError("a deployed model has dropped dense weights; restore the lean model it was deployed from")
+    dense = copy.deepcopy(model)
+    for block in dense.blocks:
+        for module in (block.attn, block.mlp):
+            if hasattr(module, "original"):
+                module.original()
+        del block.stages
+        block.__class__ = Block
+    dense.blocks = nn.Sequential(*dense.blocks.children())
+    dense.__class__ = _DENSE_CLASSES[type(model)]
+    dense.grad_checkpointing = model.blocks.grad_checkpointing  # type: ignore[union-attr]
+    del dense.lean
+    now = digests(dense.state_dict())
+    for key, digest in info.digests.items():
+        if now.get(key) != digest:
+            raise RestoreError(f"{key} was {'changed' if key in now else 'removed'} since the model was slimmed")
+    return dense  # type: ignore[no-any-return]
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse by name a model, block or attention whose forward pass leanvit does not know."""
+    if isinstance(model, LeanModel):
+        raise UnsupportedModelError("the model is lean already; give slim() all methods at once, on the dense model")
+    if type(model) not in _LEAN_CLASSES:
+        known = ", ".join(cls.__name__ for cls in _LEAN_CLASSES)
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported; timm's {known} are")
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise UnsupportedModelError("patch dropout is not supported: methods need every patch; use patch_drop_rate=0")
+    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        if type(block) is not Block:
+            raise UnsupportedModelError(f"block {index} is a {type(block).__name__}; only timm's plain Block is supported")
+        if type(block.attn) is not Attention:
+            name = type(block.attn).__name__
+            raise UnsupportedModelError(f"block {index} uses {name}; only timm's plain Attention is supported")
+
+
+def check_order(lean: LeanVisionTransformer) -> None:
+    """Refuse a module whose positions are gone when tokens reach it."""
+    reduced_by = ""
+    for index, block in enumerate(lean.blocks):
+        for module in block.lean_modules():
+            if module.needs_all_tokens and reduced_by:
+                raise MethodError(
+                    f"{module.method}: block {index} needs every token at its place, but {reduced_by}; use blocks before that"
+                )
+            if module.reduces_tokens and not reduced_by:
+                reduced_by = f"{module.method} reduces the tokens before block {index}"
+
+
+def digests(state: dict[str, Tensor]) -> dict[str, str]:
+    """A digest of every tensor of a state dict: 16 hexadecimal digits of its bytes."""
+
+    def digest(tensor: Tensor) -> str:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+    return {key: digest(tensor) for key, tensor in state.items()}
+
+
+def _lean_blocks(model: LeanVisionTransformer) -> LeanBlocks:
+    blocks = list(model.blocks.children())
+    for block in blocks:
+        block.__class__ = LeanBlock
+        block.stages = nn.ModuleDict()
+    lean = LeanBlocks(*blocks)
+    lean.prefix, lean.grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    return lean
+
+
+def _lean_info(model: nn.Module, error: type[Exception]) -> LeanInfo:
+    if not isinstance(model, LeanModel):
+        raise error(f"{type(model).__name__} is not a lean model; slim() makes one")
+    return model.lean
+
+
+def _with_blocks(model: Any, blocks: Any) -> Any:
+    """A shallow copy of the model that calls `blocks` in place of its own; shares every weight."""
+    view = copy.copy(model)
+    view._modules = {name: module for name, module in model._modules.items() if name != "blocks"}
+    view.__dict__["blocks"] = blocks
+    return view
+
+
+def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise InputSizeError("a lean model takes no attention mask: static attention and reduced tokens have no place for one")

@@ -1,0 +1,73 @@
+"""Static attention: the same mixing matrix per head for every image, ``S·V``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def static_attention_reference(static: Tensor, v: Tensor) -> Tensor:
+    """`static_attention` by its formula.
+
+    Args:
+        static: ``(H, N, N)``.
+        v: ``(B, N, C)``, the heads side by side.
+
+    Returns:
+        ``(B, N, C)``.
+    """
+    heads = v.unflatten(-1, (static.shape[0], -1))  # (B, N, H, d)
+    return torch.einsum("hqk,bkhd->bqhd", static, heads).flatten(2)
+
+
+def static_attention(static: Tensor, v: Tensor) -> Tensor:
+    """Mix tokens by one matrix per head: ``N²·C`` MACs an image.
+
+    Args:
+        static: Attention of each query (row) over the keys, ``(H, N, N)``.
+        v: Values ``(B, N, C)``, the heads side by side.
+
+    Returns:
+        ``(B, N, C)``.
+    """
+    heads = static.shape[0]
+    batched = v.device.type == "cpu" and v.shape[0] > 1
+    if not batched or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        mixed = static @ v.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, N, d)
+        return mixed.transpose(1, 2).flatten(2)
+    # One batched product a head reads S from cache for all images and the head's values where they lie. On two cores at
+    # N = 197 and 32 images it takes three quarters (fp32) and two thirds (bf16) of the time of the broadcast product above,
+    # which copies S and V for every image, and half of that of one (N×N)·(N×(B·d)) product, which leaves the cache.
+    out = torch.empty_like(v)
+    for matrix, values, place in zip(static, v.chunk(heads, -1), out.chunk(heads, -1), strict=True):
+        place.copy_(torch.bmm(matrix.expand(v.shape[0], -1, -1), values))
+    return out
+
+
+def resize_static(static: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize static attention to another patch grid, in queries and in keys; rows stay distributions.
+
+    Args:
+        static: ``(H, P + h·w, P + h·w)``, rows summing to one.
+        prefix: P.
+        old, new: Height and width of the patch grid.
+
+    Returns:
+        ``(H, P + h'·w', P + h'·w')``: each query's attention to the patches as a whole, and to every prefix token, is
+        interpolated between queries; how it spreads over the patches is interpolated in both axes.
+    """
+    count = new[0] * new[1]
+
+    def stretch(rows: Tensor) -> Tensor:  # (R, h·w) → (R, h'·w')
+        image = rows.unflatten(-1, old).unsqueeze(1)  # (R, 1, h, w)
+        return F.interpolate(image, size=new, mode="bilinear", align_corners=False).flatten(1)
+
+    heads, length, _ = static.shape
+    keys = stretch(static[:, :, prefix:].flatten(0, 1)).unflatten(0, (heads, length))  # (H, P + h·w, h'·w')
+    keys = keys * (old[0] * old[1] / count)  # more keys share the same attention
+    wide = torch.cat([static[:, :, :prefix], keys], dim=-1)  # (H, P + h·w, P + h'·w')
+    columns = wide[:, prefix:].transpose(1, 2)  # (H, P + h'·w', h·w)
+    queries = stretch(columns.flatten(0, 1)).unflatten(0, (heads, prefix + count)).transpose(1, 2)
+    out = torch.cat([wide[:, :prefix], queries], dim=1)
+    return out / out.sum(dim=-1, keepdim=True)

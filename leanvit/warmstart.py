@@ -1,0 +1,243 @@
+"""Warm start: bring a lean model close to its dense one, block by block, without labels, in minutes.
+
+Each block is first set in closed form (means, pooling) and then regressed: given the lean model's own input, all of it trains
+towards the dense block's output on the same images. Known from post-training quantisation as block-wise reconstruction (Li et
+al., BRECQ, arXiv 2102.05426).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from .errors import ConfigError, UnsupportedModelError
+from .model import LeanBlock, LeanModel, Tokens
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+    from .data import ImageSource
+    from .model import LeanVisionTransformer
+
+HELD_OUT = 8
+"""One batch in so many is kept from the regression and judges it."""
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """How one block came out.
+
+    Args:
+        block: Its index.
+        before, after: Squared error of its output on held-out images, over the variance of the dense block's.
+        kept: Whether the regression was kept; a block that did not improve has its closed-form start.
+    """
+
+    block: int
+    before: float
+    after: float
+    kept: bool
+
+
+def warm_start(
+    lean: LeanVisionTransformer,
+    vit: VisionTransformer,
+    images: ImageSource,
+    *,
+    steps: int = 60,
+    batch_size: int = 32,
+    limit: int = 1024,
+    lr: float = 1e-3,
+    prefix_weight: float = 0.3,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[BlockFit]:
+    """Warm-start a lean model in place, from unlabelled images.
+
+    Args:
+        lean: The lean model, as `slim` made it.
+        vit: The dense model it was made of.
+        images: A path, a data set, a loader or a tensor ``(B, 3, H, W)``.
+        steps: Regression steps a block; 0 leaves the closed-form start.
+        batch_size: Images a step.
+        limit: Use at most this many images. Memory holds the dense and the lean features of one block for all of them:
+            ``4·N·C`` bytes each an image.
+        lr: Peak learning rate of the regression.
+        prefix_weight: Share of the prefix tokens (class, registers) in the error; the patch tokens have the rest.
+        seed: Order of the batches.
+        progress: Show a bar with each block's error before and after.
+
+    Returns:
+        How each block came out; blocks in front of the first change are left out.
+
+    Raises:
+        ConfigError: The models do not belong together, or there are too few images.
+    """
+    check_pair(lean, vit)
+    if steps < 0 or batch_size < 1:
+        raise ConfigError(f"warm start needs steps >= 0 and batch_size >= 1, got steps={steps}, batch_size={batch_size}")
+    was_training = lean.training, vit.training
+    lean.eval(), vit.eval()
+    features = _embed(lean, vit, images, batch_size, limit)
+    generator = torch.Generator().manual_seed(seed)
+    fits = []
+    with _progress_bar(not progress) as bar:
+        task = bar.add_task("warm start", total=len(lean.blocks), note="")
+        for index, (block, dense) in enumerate(zip(lean.blocks, vit.blocks, strict=True)):
+            for module in block.lean_modules():
+                module.start(dense, features.dense_inputs())
+            if not features.changed and not block.lean_modules():
+                features.advance_unchanged(dense)
+            else:
+                features.advance_dense(dense)
+                fit = _fit_block(index, block, features, steps, lr, prefix_weight, generator)
+                features.advance_lean(block)
+                fits.append(fit)
+                note = f"block {index}: error {fit.before:.4f} → {fit.after:.4f}"
+                bar.update(task, note=note)
+                if progress:
+                    bar.console.print(note if fit.kept else f"{note} (not better, start kept)", highlight=False)
+            bar.advance(task)
+    lean.train(was_training[0]), vit.train(was_training[1])
+    return fits
+
+
+class _Features:
+    """The dense and the lean tokens in front of one block, in batches, and the dense ones behind it.
+
+    Args:
+        inputs: The embedded images, batch by batch; both models share the embedding.
+    """
+
+    def __init__(self, inputs: Sequence[Tokens]) -> None:
+        self.lean: list[Tokens] = list(inputs)
+        self.dense: list[Tensor] = [tokens.x for tokens in inputs]
+        self.changed = False
+        """Whether the lean tokens differ from the dense ones."""
+
+    def dense_inputs(self) -> Iterator[Tensor]:
+        return iter(self.dense)
+
+    @torch.no_grad()
+    def advance_dense(self, dense: nn.Module) -> None:
+        self.dense = [dense(x) for x in self.dense]
+
+    @torch.no_grad()
+    def advance_lean(self, block: LeanBlock) -> None:
+        self.lean = [block(tokens) for tokens in self.lean]
+        self.changed = True
+
+    def advance_unchanged(self, dense: nn.Module) -> None:
+        self.advance_dense(dense)
+        self.lean = [replace(tokens, x=x) for tokens, x in zip(self.lean, self.dense, strict=True)]
+
+    def pairs(self) -> tuple[list[tuple[Tokens, Tensor]], list[tuple[Tokens, Tensor]]]:
+        """Lean input and dense output, batch by batch: those to fit and those held out (the same where there is one batch)."""
+        pairs = list(zip(self.lean, self.dense, strict=True))
+        held_out = pairs[HELD_OUT - 1 :: HELD_OUT] or pairs[-1:]
+        fit = [pair for index, pair in enumerate(pairs) if index % HELD_OUT != HELD_OUT - 1]
+        return (fit[:-1] if len(pairs) < HELD_OUT and len(pairs) > 1 else fit), held_out
+
+
+@torch.no_grad()
+def _embed(lean: LeanVisionTransformer, vit: VisionTransformer, images: ImageSource, batch_size: int, limit: int) -> _Features:
+    from .data import image_batches
+    from .model import _with_blocks
+
+    batches: list[Tokens] = []
+
+    def capture(x: Tensor) -> Tensor:
+        batches.append(lean.blocks.tokens(x, track=True))
+        return x
+
+    embed = _with_blocks(vit, capture)
+    embed._modules["norm"] = nn.Identity()
+    for batch in image_batches(images, vit, batch_size, limit):
+        embed.forward_features(batch)
+    if not batches:
+        raise ConfigError("warm start needs at least one image and got none")
+    return _Features(batches)
+
+
+def _fit_block(
+    index: int,
+    block: LeanBlock,
+    features: _Features,
+    steps: int,
+    lr: float,
+    prefix_weight: float,
+    generator: torch.Generator,
+) -> BlockFit:
+    """Regress one block; put it back where the held-out error does not fall."""
+    fit, held_out = features.pairs()
+    error = _Error(held_out, prefix_weight)
+    before = error.mean(block, held_out)
+    if not steps:
+        return BlockFit(index, before, before, kept=False)
+    start = copy.deepcopy(block.state_dict())
+    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    order: list[int] = []
+    for _ in range(steps):
+        order = order or torch.randperm(len(fit), generator=generator).tolist()
+        tokens, dense = fit[order.pop()]
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(dense.device.type, torch.bfloat16):
+            output = block(tokens)
+        error(replace(output, x=output.x.float()), dense).backward()
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    after = error.mean(block, held_out)
+    kept = after < before
+    if not kept:
+        block.load_state_dict(start)
+    return BlockFit(index, before, after if kept else before, kept)
+
+
+class _Error:
+    """Squared error of lean tokens against dense ones reduced the same way, over the variance of the dense ones."""
+
+    def __init__(self, pairs: Sequence[tuple[Tokens, Tensor]], prefix_weight: float) -> None:
+        prefix = pairs[0][0].prefix
+        parts = [torch.cat([dense[:, :prefix].flatten(0, 1) for _, dense in pairs]) if prefix else None]
+        parts.append(torch.cat([dense[:, prefix:].flatten(0, 1) for _, dense in pairs]))
+        self.prefix = prefix
+        self.scales = [1.0 if part is None else float(part.var(dim=0).mean().clamp_min(1e-12)) for part in parts]
+        self.weights = (prefix_weight, 1 - prefix_weight) if prefix else (0.0, 1.0)
+
+    def __call__(self, tokens: Tokens, dense: Tensor) -> Tensor:
+        difference = (tokens.x - tokens.reduce(dense)).square()
+        parts = (difference[:, : self.prefix], difference[:, self.prefix :])
+        terms = [
+            weight * part.mean() / scale for part, weight, scale in zip(parts, self.weights, self.scales, strict=True) if weight
+        ]
+        return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def mean(self, block: LeanBlock, pairs: Sequence[tuple[Tokens, Tensor]]) -> float:
+        return float(torch.stack([self(block(tokens), dense) for tokens, dense in pairs]).mean())
+
+
+def check_pair(lean: nn.Module, vit: nn.Module) -> None:
+    """Refuse a lean model and a dense one that do not belong together."""
+    if not isinstance(lean, LeanModel):
+        raise UnsupportedModelError(f"{type(lean).__name__} is not a lean model; slim() makes one")
+    if lean.lean.deployed:
+        raise ConfigError("a deployed model cannot be warm-started or trained; do it before deploy()")
+    mine = (len(lean.blocks), lean.embed_dim, lean.blocks.grid)  # type: ignore[attr-defined]
+    theirs = (len(vit.blocks), vit.embed_dim, vit.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+    if mine != theirs:
+        raise ConfigError(f"the lean and the dense model differ in blocks, width or patch grid: {mine} and {theirs}")
+
+
+def _progress_bar(disable: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, disable=disable, transient=True)
