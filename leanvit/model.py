@@ -232,9 +232,9 @@ class LeanModel:
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Make the model fit another input or patch size, positional parameters of the methods included."""
-        super().set_input_size(img_size=img_size, patch_size=patch_size)  # type: ignore[misc]
-        if self.lean.deployed and any(block.lean_modules() for block in self.blocks):
+        if self.lean.deployed and self.lean.methods:
             raise DeployError("a deployed model has no way to another input size; resize the lean model, then deploy")
+        super().set_input_size(img_size=img_size, patch_size=patch_size)  # type: ignore[misc]
         self.blocks.resize(self.patch_embed.grid_size)  # type: ignore[attr-defined]
 
     def new_parameter_names(self) -> set[str]:
@@ -274,19 +274,20 @@ def slim(model: nn.Module, *methods: Method, images: ImageSource | None = None) 
         MethodError: A method does not fit the model or the methods before it.
         ConfigError: A parameter is to be measured and there are no images.
     """
+    return build(model, methods, images=images)
+
+
+def build(
+    model: nn.Module, methods: Sequence[Method], *, images: ImageSource | None = None, deployed: bool = False
+) -> LeanVisionTransformer:
+    """`slim`, and the deployed form of it where that is asked for: the shape into which saved weights are loaded."""
     from .methods.base import Plan
 
     check_supported(model)
-    plan = Plan(model, images)
-    return build(model, plan.resolve(methods))
-
-
-def build(model: nn.Module, methods: Sequence[Method], deployed: bool = False) -> LeanVisionTransformer:
-    """The lean form of a copy of `model` with every method's parameters already decided; measures nothing."""
-    check_supported(model)
+    methods = Plan(model, images).resolve(methods)
     lean = copy.deepcopy(model)
     lean.__class__ = _LEAN_CLASSES[type(model)]  # keeps all of timm's attributes, also those of releases to come
-    lean.lean = LeanInfo(tuple(methods), digests=digests(model.state_dict()))
+    lean.lean = LeanInfo(methods, digests=digests(model.state_dict()))
     lean.blocks = _lean_blocks(lean)
     for method in methods:
         method.swap_in(lean)

@@ -189,9 +189,10 @@ def _fit_block(
         order = order or torch.randperm(len(fit), generator=generator).tolist()
         tokens, dense = fit[order.pop()]
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(dense.device.type, torch.bfloat16):
-            output = block(tokens)
-        error(replace(output, x=output.x.float()), dense).backward()
+        with torch.enable_grad():
+            with torch.autocast(dense.device.type, torch.bfloat16):
+                output = block(tokens)
+            error(replace(output, x=output.x.float()), dense).backward()
         optimizer.step()
         schedule.step()
     optimizer.zero_grad(set_to_none=True)

@@ -63,7 +63,7 @@ class GLAD(Method):
             ranks = [layer.effective_rank for layer in plan.statistics]
             at = place_stages(ranks, self._keeps(count), math.prod(plan.model.patch_embed.grid_size))
         else:
-            at = self.at or tuple(plan.depth * part // 6 for part in (3, 4, 5))
+            at = self.at or tuple(sorted({plan.depth * part // 6 for part in (3, 4, 5)}))
         plan.check_blocks(self.name, at)
         self._keeps(len(at))
         return replace(self, at=at)

@@ -1,0 +1,103 @@
+"""Protocol 2: what accuracy a lean DeiT-T keeps after distillation, and what its parts are worth.
+
+A DeiT-T is fine-tuned on ten classes (the teacher); students are slimmed from it, warm-started and distilled from it. Writes one
+row a student to a CSV and a JSON file; a row that is there already is not run again, so the command can be stopped and continued.
+
+    python benchmarks/trained.py DATA_DIR --only main
+
+DATA_DIR holds ``deit_tiny_patch16_224.safetensors``, ``imagenette-train.tar`` and ``imagenette-val.tar``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import leanvit
+from leanvit.measure import environment
+from leanvit.methods import parse
+from leanvit.store import resolve_model
+
+LEAN = "dgssa:layers=auto:3+glad:at=4,6,8"
+PLAIN = "dgssa:layers=1,2,3,5+glad:at=6,8,10"
+STUDENTS = {
+    "main": dict(method=LEAN, epochs=15),
+    "main, seed 1": dict(method=LEAN, epochs=15, seed=1),
+    "main, short": dict(method=LEAN, epochs=6),
+    "no warm start": dict(method=LEAN, epochs=6, warm=False),
+    "no guidance": dict(method=LEAN.replace("auto:3", "auto:3,guidance=0"), epochs=6),
+    "first layers": dict(method=LEAN.replace("auto:3", "0,1,2"), epochs=6),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/trained.json"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/trained"), help="where checkpoints go")
+    parser.add_argument("--only", nargs="*", default=list(STUDENTS), help="names of students")
+    parser.add_argument("--img-size", type=int, default=160)
+    parser.add_argument("--workers", type=int, default=1)
+    args = parser.parse_args()
+    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    teacher, top1 = fine_tune(args)
+    if not rows:
+        rows.append({"student": "teacher", "img_size": args.img_size, "top1": top1})
+    for name in args.only:
+        if not any(row["student"] == name for row in rows):
+            rows.append(student(name, teacher, args))
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+            print(rows[-1])
+
+
+def fine_tune(args: argparse.Namespace) -> tuple[torch.nn.Module, float]:
+    """The teacher, from its run folder if it is there."""
+    folder = args.runs / f"teacher-{args.img_size}"
+    if not (folder / "best").exists():
+        weights = args.data_dir / "deit_tiny_patch16_224.safetensors"
+        model = resolve_model("deit_tiny_patch16_224", checkpoint=weights, num_classes=10, img_size=args.img_size)
+        train, val = data(args)
+        leanvit.train(model, train, val, output=folder, epochs=3, lr=1e-4, amp="bf16", workers=args.workers)
+    model = leanvit.load(folder / "best")
+    return model, leanvit.evaluate(model, data(args)[1], progress=False).top1
+
+
+def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> dict[str, object]:
+    """One row: before and after training, of the deployed form."""
+    recipe = dict(STUDENTS[name])
+    methods, warm, seed = parse(str(recipe["method"])), recipe.get("warm", True), int(recipe.get("seed", 0))
+    train, val = data(args)
+    lean = leanvit.slim(teacher, *methods, images=train)
+    row: dict[str, object] = {"student": name, "method": str(lean.lean), "img_size": args.img_size, "seed": seed}
+    start = time.perf_counter()
+    if warm:
+        leanvit.warm_start(lean, teacher, train, seed=seed)
+    row["warm_start_s"] = round(time.perf_counter() - start)
+    row["top1_before"] = leanvit.evaluate(leanvit.deploy(lean), val, progress=False).top1
+    start = time.perf_counter()
+    options = dict(epochs=recipe["epochs"], seed=seed, amp="bf16", lr=3e-4, workers=args.workers)
+    leanvit.distill(lean, teacher, train, val, output=args.runs / name.replace(", ", "-").replace(" ", "-"), resume=True, **options)
+    fast = leanvit.deploy(lean)
+    result = leanvit.evaluate(fast, val, teacher=teacher, progress=False)
+    dense_macs, macs = leanvit.count(teacher).macs, leanvit.count(fast).macs
+    return row | {
+        "epochs": recipe["epochs"],
+        "train_s": round(time.perf_counter() - start),
+        "top1": result.top1,
+        "agreement": result.agreement,
+        "gmacs": macs / 1e9,
+        "macs_ratio": dense_macs / macs,
+    }
+
+
+def data(args: argparse.Namespace) -> tuple[str, str]:
+    return str(args.data_dir / "imagenette-train.tar"), str(args.data_dir / "imagenette-val.tar")
+
+
+if __name__ == "__main__":
+    main()

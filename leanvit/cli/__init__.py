@@ -1,0 +1,8 @@
+"""The `leanvit` command: a thin layer over the library that imports what a sub-command needs when it runs."""
+
+from __future__ import annotations
+
+from . import demo, doctor, measuring, training  # noqa: F401  (each registers its commands)
+from .app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,175 @@
+"""`leanvit eval`, `bench` and `compare`: figures of models, printed as a table and written where asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .app import app
+from .options import (
+    Amp,
+    AmpDtype,
+    AmpType,
+    Device,
+    EvalData,
+    ModelChoice,
+    Output,
+    Timing,
+    amp_name,
+    best_device,
+    takes_groups,
+)
+from .printing import say
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
+
+    from ..measure import EvalResult
+    from ..report.tables import Row
+
+
+@app.command("eval")
+@takes_groups
+def evaluate(
+    ctx: typer.Context,
+    choice: ModelChoice,
+    data: EvalData,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Count agreement with it.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", help="Images a batch.")] = 50,
+    device: Device = "auto",
+    amp: Amp = False,
+    amp_dtype: AmpType = AmpDtype.bfloat16,
+    *,
+    output: Output,
+) -> None:
+    """Measure accuracy on labelled images.
+
+    Top-1, top-5, agreement with a teacher, and what the model costs. A lean model is deployed first.
+    """
+    from ..count import deployed_form
+    from ..data import report_damage
+    from ..measure import Table
+    from ..measure import evaluate as measure
+    from ..store import resolve_model
+
+    model = deployed_form(choice.load())
+    images = data.open(model)
+    result = measure(
+        model,
+        images,
+        teacher=resolve_model(teacher, pretrained=True) if teacher else None,
+        batch_size=batch_size,
+        workers=data.workers,
+        device=best_device(device),
+        amp=amp_name(amp, amp_dtype),
+    )
+    row = accuracy_row(choice.model, model, result) | ({"teacher": teacher} if teacher else {})
+    output.write(ctx, Table([row], title=f"{images.path}, {result.count} images"))
+    if result.damaged:
+        say(report_damage(images))
+
+
+@app.command()
+@takes_groups
+def bench(
+    ctx: typer.Context,
+    choice: ModelChoice,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Such as dgssa+glad; may be repeated.")
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Real images to run on, else random ones.")
+    ] = None,
+    num_warm_iter: Annotated[int, typer.Option(metavar="N", help="Rounds before those that count.")] = 3,
+    torchcompile: Annotated[bool, typer.Option("--torchcompile", help="Run through torch.compile.")] = False,
+    *,
+    timing: Timing,
+    output: Output,
+) -> None:
+    """Time models against the dense one.
+
+    They take turns in one run: images/s, latency, MACs, memory. MODEL is timed with random weights unless
+    told otherwise, which makes no difference to speed; a lean MODEL beside a dense one of its architecture.
+    """
+    from ..bench import bench as measure
+    from ..measure import Table
+    from ..methods import parse
+    from ..model import LeanModel, slim
+
+    model = choice.load(pretrained=False)
+    if not isinstance(model, LeanModel):
+        models = {
+            "dense": model,
+            **{text: slim(model, *parse(text), images=data_dir) for text in method or ()},
+        }
+    elif method:
+        raise ConfigError(f"{choice.model} is lean already ({model.lean}); --method is for a dense model")
+    else:
+        models = {"dense": dense_twin(model), choice.model: model}
+    rows = measure(
+        models, images=data_dir, warmup=num_warm_iter, torchcompile=torchcompile, **timing.arguments()
+    )
+    output.write(ctx, Table(rows, title=choice.model))
+
+
+@app.command()
+@takes_groups
+def compare(
+    ctx: typer.Context,
+    choice: ModelChoice,
+    lean: Annotated[
+        list[Path], typer.Argument(metavar="LEAN...", help="Saved models or runs to compare with MODEL.")
+    ],
+    data: EvalData,
+    timing: Timing,
+    output: Output,
+) -> None:
+    """Put lean models beside the dense MODEL.
+
+    One table: accuracy, agreement, MACs, latency, throughput, memory.
+    """
+    from ..measure import compare as measure
+    from ..store import resolve_model
+
+    dense = choice.load()
+    models = {str(path): resolve_model(str(path)) for path in lean}
+    table = measure(
+        dense,
+        models,
+        data.open(dense),
+        workers=data.workers,
+        **timing.arguments(),
+    )
+    output.write(ctx, table)
+
+
+def dense_twin(lean: VisionTransformer) -> nn.Module:
+    """A dense model of a lean one's architecture and size, with random weights."""
+    import timm
+
+    from ..store import _model_args
+
+    architecture: str = lean.pretrained_cfg["architecture"]  # type: ignore[index, assignment]
+    return timm.create_model(architecture, **_model_args(lean)).eval()
+
+
+def accuracy_row(name: str, model: nn.Module, result: EvalResult | None = None) -> Row:
+    """A model's row in the columns of timm's results files, with what it costs."""
+    from ..count import count
+    from ..data import data_config
+
+    config, cost = data_config(model), count(model.cpu())
+    return {
+        "model": name,
+        "method": str(getattr(model, "lean", "dense")),
+        "img_size": config["input_size"][-1],
+        **(result.row() if result else {}),
+        "param_count": cost.params / 1e6,
+        "infer_gmacs": cost.macs / 1e9,
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+    }

@@ -1,0 +1,181 @@
+"""`leanvit slim` and `leanvit train`: a lean model from a dense one, and a dense one for a user's classes."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .app import app
+from .options import Config, DataDir, MethodText, ModelChoice, Output, Training, best_device, takes_groups
+from .printing import say
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+    from ..data import ImageData
+    from ..report.tables import Table
+
+Folder = Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; else one in runs/.")]
+Experiment = Annotated[str, typer.Option(metavar="NAME", help="Folder in it, for several runs.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+
+
+@app.command("slim")
+@takes_groups
+def slim_model(
+    ctx: typer.Context,
+    choice: ModelChoice,
+    method: MethodText,
+    data_dir: DataDir,
+    epochs: Annotated[int, typer.Option(min=0, metavar="N", help="Of distillation; 0 needs no labels.")] = 0,
+    warm_start_steps: Annotated[int, typer.Option(metavar="N", help="Label-free steps a block.")] = 60,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Whom to learn from; else MODEL.")
+    ] = None,
+    output: Folder = None,
+    experiment: Experiment = "",
+    resume: Resume = False,
+    config: Config = None,
+    *,
+    training: Training,
+    files: Output,
+) -> None:
+    """Swap methods into MODEL, train, deploy, measure, save.
+
+    Warm-starts from unlabelled images, and distils from MODEL if --epochs. The run's folder holds the lean
+    model (best/ and last/), its deployed form (deployed/) and the figures (results.csv, results.json).
+    """
+    from ..data import open_data
+    from ..methods import parse
+    from ..model import deploy, slim
+    from ..store import resolve_model, save
+    from ..train import distill
+    from ..warmstart import warm_start
+
+    methods = parse(method)
+    settings = training.config(max(epochs, 1))
+    folder = run_folder(output, experiment, [choice.model, *(applied.name for applied in methods)])
+    resuming = check_folder(folder, resume)
+    dense = choice.load()
+    tutor = resolve_model(teacher, pretrained=True) if teacher else dense
+    # Opened before the work starts: data that does not fit the model is to be known now, not in an hour.
+    test_images = held_out(data_dir, training, dense)
+    if epochs:
+        open_data(data_dir, dense, split=training.train_split, training=True)
+    images = unlabelled(data_dir, training.train_split, dense)
+    lean = slim(dense, *methods, images=images)
+    if not resuming:  # else the checkpoint holds what the warm start led to
+        say(f"{choice.model} with {lean.lean}")
+        warm_start(lean, dense, images, steps=warm_start_steps, seed=training.seed)
+    if epochs:
+        distill(lean, tutor, data_dir, output=folder, resume=resume, config=settings)
+    if is_main_process():
+        if not epochs:
+            save(lean, folder / "last", overwrite=resume)
+        fast = deploy(lean)
+        save(fast, folder / "deployed", overwrite=True)
+        files.write(ctx, lean_beside_dense(dense, fast, test_images, best_device(training.device)), folder)
+
+
+@app.command("train")
+@takes_groups
+def train_model(
+    ctx: typer.Context,
+    choice: ModelChoice,
+    data_dir: DataDir,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the training data.")] = 10,
+    output: Folder = None,
+    experiment: Experiment = "",
+    resume: Resume = False,
+    config: Config = None,
+    *,
+    training: Training,
+    files: Output,
+) -> None:
+    """Fine-tune a dense MODEL on labelled images.
+
+    The head gets as many classes as the data has. The run's folder holds the model (best/ and last/) and
+    the figures (results.csv, results.json).
+    """
+    from ..data import open_data
+    from ..train import train
+
+    settings = training.config(epochs)
+    folder = run_folder(output, experiment, [choice.model])
+    check_folder(folder, resume)
+    classes = len(open_data(data_dir, split=training.train_split, training=True).classes)
+    model = choice.load(num_classes=classes or None)
+    test_images = held_out(data_dir, training, model)
+    train(model, data_dir, output=folder, resume=resume, config=settings)
+    if is_main_process():
+        files.write(ctx, accuracy(choice.model, model, test_images, best_device(training.device)), folder)
+
+
+def run_folder(output: Path | None, experiment: str, names: list[str]) -> Path:
+    """The folder of a run: as asked for, else named by what is run, under ``runs/``."""
+    last_parts = [re.split(r"[/:]", name.rstrip("/"))[-1] for name in names]
+    return (output or Path("runs", "-".join(last_parts))) / experiment
+
+
+def check_folder(folder: Path, resume: bool) -> bool:
+    """Refuse to mix two runs in a folder; tell whether there is a checkpoint to resume from."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder for the run")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; give another --output, or --resume the run in it")
+    return resume and any(folder.glob("checkpoint-*"))
+
+
+def unlabelled(data_dir: str, split: str | None, model: VisionTransformer) -> str | ImageData:
+    """Training images for the warm start and for measured parameters, without augmentation."""
+    from ..data import open_data
+
+    return open_data(data_dir, model, split=split) if split else data_dir
+
+
+def held_out(data_dir: str, training: Training, model: VisionTransformer) -> ImageData | None:
+    """The images to measure on: the split asked for, else that of divided data; None where there is none."""
+    from ..data import open_data
+
+    if training.val_split is None:
+        if training.train_split or data_dir.startswith(("wds/", "hfds/")):
+            return None
+        halves = (open_data(data_dir, training=is_training) for is_training in (True, False))
+        if len({half.reader.filename(0, absolute=True) for half in halves}) == 1:
+            return None
+    return open_data(data_dir, model, split=training.val_split)
+
+
+def lean_beside_dense(
+    dense: VisionTransformer, fast: VisionTransformer, images: ImageData | None, device: str
+) -> Table:
+    """The figures of a run: accuracy where images were held out, and speed."""
+    from ..bench import bench
+    from ..measure import Table, compare
+
+    if images is None:
+        say("no images were held out (--val-split): the table has no accuracy")
+        return Table(bench((dense, fast), precisions=("fp32",), device=device), title=str(fast.lean))
+    return compare(dense, fast, images, device=device)
+
+
+def accuracy(name: str, model: VisionTransformer, images: ImageData | None, device: str) -> Table:
+    """The figures of a dense model: accuracy where images were held out."""
+    from ..measure import Table, evaluate
+    from .measuring import accuracy_row
+
+    if images is None:
+        say("no images were held out (--val-split): the table has no accuracy")
+        return Table([accuracy_row(name, model)])
+    result = evaluate(model, images, device=device)
+    return Table([accuracy_row(name, model, result)], title=f"{images.path}, {result.count} images")
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints, where `accelerate launch` started several."""
+    return os.environ.get("RANK", "0") == "0"

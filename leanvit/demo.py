@@ -1,0 +1,175 @@
+"""The whole of leanvit on handwritten digits: train, slim with every method, distil, deploy, measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from timm.models.vision_transformer import VisionTransformer
+
+from . import methods
+from .bench import bench
+from .data import open_data
+from .measure import compare, environment
+from .methods import Method
+from .model import deploy, slim
+from .report.plots import pareto
+from .report.tables import Row, Table
+from .train import TrainConfig, distill, train
+from .warmstart import warm_start
+
+DATA = "digits"
+COMBINATIONS = ("dgssa+glad",)
+"""Recipes beside those of one method each."""
+
+# Muon, because with AdamW a Vision Transformer that starts from nothing needs three times the epochs.
+DENSE_TRAINING = TrainConfig(
+    epochs=15, batch_size=32, lr=3e-3, opt="muon", warmup_epochs=2, smoothing=0.0, device="cpu"
+)
+LEAN_TRAINING = replace(DENSE_TRAINING, epochs=6, lr=1e-3, warmup_epochs=1)
+
+SPEED_MODEL = "deit_tiny_patch16_224"
+
+
+def run(output: Path, json: Path | None = None) -> None:
+    """Run the demo and write ``results.json``, ``results.csv`` and ``pareto.png``.
+
+    Args:
+        output: The folder for them; made when missing.
+        json: Another place for the same JSON.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    recipes = default_recipes()
+
+    with one_thread():
+        console.rule(f"a dense ViT learns {DATA}", align="left")
+        dense = small_vit()
+        train(dense, open_data(DATA, dense, training=True), config=DENSE_TRAINING)
+        fast = {}
+        for name, recipe in recipes.items():
+            console.rule(f"{name}: slim, warm start, distil, deploy", align="left")
+            fast[name] = lean_vit(dense, recipe)
+    console.rule("measuring", align="left")
+    digits = on_digits(dense, fast)
+    speed = on_random_images(recipes)
+
+    table = Table([*digits, *speed])
+    table.to_csv(output / "results.csv")
+    for path in filter(None, (output / "results.json", json)):
+        table.to_json(
+            path, command="demo", environment=environment(), seconds=round(time.monotonic() - start)
+        )
+    pareto(digits, output / "pareto.png", title="Handwritten digits: accuracy against measured throughput")
+    show = Console(highlight=False)
+    show.print(
+        figures(digits, f"{DATA}: 360 held-out images, a ViT of {digits[0]['param_count']:.2f} M parameters")
+    )
+    show.print(figures(speed, f"{SPEED_MODEL}: the same recipes with random weights, speed only"))
+    show.print(f"results.json, results.csv and pareto.png are in {output}/", markup=False)
+
+
+def default_recipes() -> dict[str, tuple[Method, ...]]:
+    """Every registered method with its default parameters, and the combinations, by name."""
+    single = {name: (method(),) for name, method in methods.available().items()}
+    return single | {text: methods.parse(text) for text in COMBINATIONS}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: at this size a second gains little, and costs much where its core is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def small_vit() -> VisionTransformer:
+    """A Vision Transformer for the digits: 24 px, 36 patches, 8 blocks, 0.4 M parameters, random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=24,
+        patch_size=4,
+        embed_dim=64,
+        depth=8,
+        num_heads=4,
+        in_chans=1,
+        num_classes=10,
+    )
+    # At timm's scale the first epochs go by until attention can tell places apart.
+    model.get_parameter("pos_embed").data.mul_(5)
+    return cast(VisionTransformer, model)
+
+
+def lean_vit(dense: VisionTransformer, recipe: tuple[Method, ...]) -> VisionTransformer:
+    """The deployed form of a model slimmed by a recipe, warm-started and distilled on the digits.
+
+    The held-out digits take no part, not even in choosing the best epoch: they are for the table.
+    """
+    images = open_data(DATA, dense, split="train")
+    lean = slim(dense, *recipe, images=images)
+    warm_start(lean, dense, images)
+    distill(lean, dense, open_data(DATA, dense, training=True), config=LEAN_TRAINING)
+    return deploy(lean)
+
+
+def on_digits(dense: VisionTransformer, fast: Mapping[str, VisionTransformer]) -> list[Row]:
+    """Accuracy on the held-out digits, cost and speed."""
+    table = compare(dense, fast, open_data(DATA, dense, split="val"), batch_sizes=(128,))
+    return [{**row, "data": DATA, "trained": True} for row in table.rows]
+
+
+def on_random_images(recipes: Mapping[str, tuple[Method, ...]]) -> list[Row]:
+    """What the recipes do to the speed of a model of ordinary size."""
+    dense = timm.create_model(SPEED_MODEL).eval()
+    images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    models = {
+        "dense": dense,
+        **{name: slim(dense, *recipe, images=images) for name, recipe in recipes.items()},
+    }
+    rows = bench(models, images=images, batch_sizes=(1, 32), precisions=("fp32",))
+    return [{**row, "data": "random", "trained": False} for row in rows]
+
+
+def figures(rows: list[Row], title: str) -> RichTable:
+    """The rows as a table: each model's figures, and their ratios to the dense model's."""
+    accurate = "top1" in rows[0]
+    table = RichTable(title=title, title_justify="left")
+    table.add_column("model")
+    for heading in (
+        *(("top-1 %", "agreement %") if accurate else ("batch",)),
+        "MMACs",
+        "images/s",
+        "fewer MACs",
+        "faster",
+    ):
+        table.add_column(heading, justify="right")
+    dense_macs = rows[0]["infer_gmacs"]
+    for row in rows:
+        own = (
+            (f"{row['top1']:.1f}", f"{row.get('agreement', 100):.1f}")
+            if accurate
+            else (str(row["infer_batch_size"]),)
+        )
+        macs = row["infer_gmacs"]
+        table.add_row(
+            row["model"],
+            *own,
+            f"{1e3 * macs:.1f}",
+            f"{row['infer_samples_per_sec']:.0f}",
+            f"{dense_macs / macs:.2f}x",
+            f"{row['speedup']:.2f}x",
+        )
+    return table

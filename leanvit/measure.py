@@ -1,0 +1,310 @@
+"""What a lean model is worth beside the dense one: accuracy, cost, speed and memory of the form that
+ships."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .bench import bench, peak_memory, realised_share
+from .count import Cost, Share, count, deployed_form, evaluating
+from .data import loader, open_data
+from .errors import ConfigError, DataError, UnsupportedModelError
+from .objective import Teacher
+from .report.tables import Row, Table
+
+if TYPE_CHECKING:
+    from .data import ImageSource
+
+__all__ = [
+    "Cost",
+    "EvalResult",
+    "Share",
+    "Table",
+    "bench",
+    "compare",
+    "count",
+    "environment",
+    "evaluate",
+    "peak_memory",
+    "realised_share",
+]
+
+AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """How often a classifier was right, in percent.
+
+    Args:
+        top1: Images whose label scored highest.
+        top5: Images whose label was among the five highest.
+        agreement: Images for which the teacher's highest class was the same; None without a teacher.
+        count: How many images were classified.
+        damaged: Names of the images that could not be read and were skipped.
+        labels: The images' labels, ``(count,)``.
+        predictions: The highest class of each image, ``(count,)``.
+    """
+
+    top1: float
+    top5: float
+    agreement: float | None
+    count: int
+    damaged: tuple[str, ...] = ()
+    labels: Tensor = field(
+        repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long)
+    )
+    predictions: Tensor = field(
+        repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long)
+    )
+
+    @property
+    def top1_err(self) -> float:
+        """Images whose label did not score highest, in percent."""
+        return 100 - self.top1
+
+    @property
+    def top5_err(self) -> float:
+        """Images whose label was not among the five highest, in percent."""
+        return 100 - self.top5
+
+    def row(self) -> Row:
+        """The figures under the names of timm's results files."""
+        row: Row = {name: getattr(self, name) for name in ("top1", "top1_err", "top5", "top5_err")}
+        return row if self.agreement is None else {**row, "agreement": self.agreement}
+
+
+def evaluate(
+    model: nn.Module,
+    data: str | os.PathLike[str] | Dataset[Any] | DataLoader[Any],
+    *,
+    teacher: nn.Module | None = None,
+    batch_size: int = 50,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    amp: str = "",
+    progress: bool = True,
+) -> EvalResult:
+    """Classify every image of a data set and compare with the labels and, in the same pass, with a teacher.
+
+    The model is evaluated as it is, on `device`, where it stays; a lean model in training with its dynamic
+    part still on is not what ships, so deploy it first.
+
+    Args:
+        model: A classifier ``(B, channels, H, W)`` → ``(B, classes)``.
+        data: Labelled images: a path as `open_data` takes it, a data set of (image, label), or a loader of
+            such batches.
+        teacher: The dense model, given the same images in its own normalisation.
+        batch_size: Images a batch; a loader brings its own.
+        workers: Processes that read images.
+        device: Where to run.
+        amp: Autocast: "bf16", "fp16", or "" for none.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigError: An argument is out of range, or the teacher has other classes.
+        DataError: No images, too many damaged ones, or labels the model has no class for.
+        UnsupportedModelError: The model is no classifier.
+    """
+    if amp not in AMP:
+        raise ConfigError(f"amp is {amp!r}; known are 'bf16', 'fp16' and '' for none")
+    if batch_size < 1:
+        raise ConfigError(f"batch size is {batch_size}; it must be at least 1")
+    if getattr(model, "num_classes", None) == 0:
+        raise UnsupportedModelError(
+            f"{_name(model)} has no classifier (num_classes=0); reset_classifier() gives it one"
+        )
+    if isinstance(data, str | os.PathLike):
+        data = open_data(data, model)
+    batches = data if isinstance(data, DataLoader) else loader(data, batch_size, workers=workers)
+    device = torch.device(device)
+    model.to(device)
+    guide = None if teacher is None else Teacher(teacher.to(device), model, tokens=False)
+    autocast = torch.autocast(device.type, AMP[amp]) if amp else nullcontext()
+    counts = _Counts()
+    with evaluating(model), evaluating(teacher or model), torch.inference_mode(), autocast:
+        for images, labels in track(
+            batches, "evaluating", console=Console(stderr=True), transient=True, disable=not progress
+        ):
+            if len(images):
+                images = images.to(device, non_blocking=True)
+                counts.add(model(images), labels, None if guide is None else guide(images)[0])
+    return counts.result(_damaged(batches.dataset), agreement=teacher is not None)
+
+
+class _Counts:
+    """What adds up over the batches of an evaluation."""
+
+    def __init__(self) -> None:
+        self.in_top5 = 0
+        self.agreeing = 0
+        self.labels: list[Tensor] = []
+        self.predictions: list[Tensor] = []
+
+    def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> None:
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise UnsupportedModelError(
+                f"the model is no classifier: its output has {found}, not (images, classes)"
+            )
+        classes = logits.shape[1]
+        if int(labels.max()) >= classes or int(labels.min()) < 0:
+            raise DataError(
+                f"labels go from {int(labels.min())} to {int(labels.max())}, the model has {classes} classes"
+            )
+        best = logits.float().topk(min(5, classes), dim=1).indices.cpu()  # (B, 5)
+        self.in_top5 += int((best == labels[:, None]).sum())
+        if teacher_logits is not None:
+            self.agreeing += int((teacher_logits.argmax(dim=1).cpu() == best[:, 0]).sum())
+        self.labels.append(labels)
+        self.predictions.append(best[:, 0])
+
+    def result(self, damaged: tuple[str, ...], agreement: bool) -> EvalResult:
+        if not self.labels:
+            raise DataError("no images to evaluate on; give at least one that can be read")
+        labels, predictions = torch.cat(self.labels), torch.cat(self.predictions)
+        percent = 100 / len(labels)
+        return EvalResult(
+            top1=percent * int((labels == predictions).sum()),
+            top5=percent * self.in_top5,
+            agreement=percent * self.agreeing if agreement else None,
+            count=len(labels),
+            damaged=damaged,
+            labels=labels,
+            predictions=predictions,
+        )
+
+
+def _damaged(dataset: Dataset[Any]) -> tuple[str, ...]:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return tuple(getattr(dataset, "damaged", ()))
+
+
+def compare(
+    dense: nn.Module,
+    lean: nn.Module | Mapping[str, nn.Module],
+    data: str | os.PathLike[str] | Dataset[Any] | DataLoader[Any],
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    images: ImageSource | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    precisions: Sequence[str] = ("fp32",),
+    threads: int = 2,
+    iterations: int | None = None,
+    device: str | torch.device = "cpu",
+    eval_batch_size: int = 50,
+    workers: int = 0,
+    progress: bool = True,
+) -> Table:
+    """Accuracy, MACs, latency, throughput and memory of lean models beside the dense one's, in one table.
+
+    Lean models are deployed first: what is measured is what ships. Accuracy is taken once, in fp32.
+
+    Args:
+        dense: The dense model, also the teacher whose predictions `agreement` refers to.
+        lean: A lean model, or several by name.
+        data: Labelled images, as `evaluate` takes them; a path is opened for each model as it needs.
+        eval_batch_size: Images a batch when taking accuracy.
+        workers: Processes that read images.
+        img_size, images, batch_sizes, precisions, threads, iterations, device, progress: See `bench`.
+    """
+    models = {"dense": dense, **(lean if isinstance(lean, Mapping) else {"lean": lean})}
+    if lean is dense or len(models) < 2:
+        raise ConfigError(
+            "nothing to compare with: give the dense model, then lean ones, none of them named 'dense'"
+        )
+    models = {name: deployed_form(model) for name, model in models.items()}
+    results = {
+        name: evaluate(
+            model,
+            data,
+            teacher=None if model is dense else dense,
+            batch_size=eval_batch_size,
+            workers=workers,
+            device=device,
+            progress=progress,
+        )
+        for name, model in models.items()
+    }
+    rows = bench(
+        models,
+        img_size=img_size,
+        images=images,
+        batch_sizes=batch_sizes,
+        precisions=precisions,
+        threads=threads,
+        iterations=iterations,
+        device=device,
+        progress=progress,
+    )
+    for row in rows:
+        result = results[row["model"]]
+        row |= result.row()
+        if row["model"] != "dense":
+            row |= {"top1_diff": result.top1 - results["dense"].top1, "teacher": "dense"}
+    return Table(rows, title=f"{_name(dense)}, {results['dense'].count} images")
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured with: versions, processor, threads, build, date; for `--json`."""
+    packages = ("leanvit", "torch", "timm", "accelerate", "numpy", "numba", "onnxruntime", "openvino")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": _versions(packages),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": torch.backends.mkldnn.is_available(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "torch_config": _torch_config(),
+    }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    """The processor's name; `platform` does not know it on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _torch_config() -> list[str]:
+    """Compilers and libraries torch was built with, without the flags it was built by."""
+    lines = [line.strip(" -") for line in torch.__config__.show().splitlines() if line.startswith("  -")]
+    return [line for line in lines if not line.startswith("Build settings")]
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return config.get("architecture") or type(model).__name__

@@ -1,0 +1,176 @@
+"""The folder of a training run: settings, epoch rows and checkpoints, each written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+from .errors import CheckpointError, ConfigError
+
+Row = dict[str, Any]
+"""What is known of one epoch: its number, train loss and terms, val top-1, lr and images/s."""
+
+KEPT_CHECKPOINTS = 2
+RESULT_NEUTRAL = frozenset({"track"})
+"""Settings that a run may be resumed with another value of: they change no result."""
+
+
+class RunFolder:
+    """``args.yaml``, ``metrics.csv``, ``summary.csv`` and ``checkpoint-N/`` of a run, N the epochs done.
+
+    Args:
+        path: The folder; made when first written to.
+        settings: Everything that decides the result, as plain YAML values.
+        resume: Whether to go on from what is there.
+
+    Raises:
+        ConfigError: There is a run already and `resume` is not asked for, or it was made with other settings.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], resume: bool) -> None:
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they do in YAML
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; give a folder for the run")
+        if self.latest() is None:
+            return
+        if not resume:
+            raise ConfigError(
+                f"{self.path} holds a run already; resume it (resume=True, --resume) or give another folder"
+            )
+        self._check_settings()
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, None before the first epoch's end."""
+        checkpoints = self._checkpoints()
+        return checkpoints[-1] if checkpoints else None
+
+    def start(self) -> None:
+        """Write the settings and clear away what a killed run left half-written."""
+        for leftover in self.path.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(leftover)
+        with _writing_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_text(self.path / "args.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+
+    def partial(self, epochs: int) -> Path:
+        """Where the checkpoint after so many epochs is put together before it gets its name."""
+        return self.path / f".checkpoint-{epochs}.tmp"
+
+    def commit(self, epochs: int) -> None:
+        """Give a finished checkpoint its name, and remove those that are older than the last two."""
+        final = self.path / f"checkpoint-{epochs}"
+        with _writing_errors(final):
+            self.partial(epochs).replace(final)
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    @contextmanager
+    def writing(self, epochs: int) -> Iterator[Path]:
+        """The folder to write a checkpoint's files into; what cannot be written leaves nothing behind.
+
+        Raises:
+            CheckpointError: The disk is full or the folder read-only.
+        """
+        partial = self.partial(epochs)
+        with _writing_errors(partial):
+            try:
+                partial.mkdir(parents=True, exist_ok=True)
+                yield partial
+            except Exception:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+    def write_rows(self, rows: Sequence[Row]) -> None:
+        """Write ``metrics.csv`` with everything, and ``summary.csv`` as timm's training script has it."""
+        timm_names = {"epoch": "epoch", "train_loss": "train_loss", "val_top1": "eval_top1", "lr": "lr"}
+        summary = [{name: row[ours] for ours, name in timm_names.items() if ours in row} for row in rows]
+        with _writing_errors(self.path):
+            for file, table in (("metrics.csv", rows), ("summary.csv", summary)):
+                _write_csv(self.path / file, table)
+
+    def _checkpoints(self) -> list[Path]:
+        numbered = {
+            int(match[1]): path
+            for path in self.path.glob("checkpoint-*")
+            if (match := _CHECKPOINT.fullmatch(path.name))
+        }
+        return [numbered[epochs] for epochs in sorted(numbered)]
+
+    def _check_settings(self) -> None:
+        file = self.path / "args.yaml"
+        try:
+            saved = yaml.safe_load(file.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}".replace("\n", " ")) from error
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{file} holds no settings")
+        names = [*self.settings, *(name for name in saved if name not in self.settings)]
+        differing = [
+            f"{name} was {saved.get(name)!r}, now {self.settings.get(name)!r}"
+            for name in names
+            if name not in RESULT_NEUTRAL and saved.get(name) != self.settings.get(name)
+        ]
+        if differing:
+            raise ConfigError(f"{self.path} cannot be resumed with other settings: {'; '.join(differing)}")
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise for a damaged or foreign checkpoint into one line that names it.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or does not fit the model.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path} cannot be resumed from, remove it to use the one before: {reason}"
+        ) from error
+
+
+@contextmanager
+def _writing_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError for a full disk
+        raise CheckpointError(f"{path} cannot be written: {' '.join(str(error).split())[:300]}") from error
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    _write_whole(path, write)
+
+
+def _write_text(path: Path, text: str) -> None:
+    def write(partial: Path) -> None:
+        partial.write_text(text)
+
+    _write_whole(path, write)
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    write(partial)
+    partial.replace(path)

@@ -1,0 +1,73 @@
+"""The cases that every method goes through: a table of what to apply to which model. A new method adds its lines here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from leanvit.methods import Method, parse
+
+SIZE = 32
+"""Input size of the small models: a 4×4 grid of patches."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "average pooling": {"global_pool": "avg", "class_token": False},
+    "registers": {"reg_tokens": 4, "no_embed_class": True},
+    "layer scale, q/k norm": {"init_values": 0.1, "qk_norm": True},
+    "scaled norms, gate": {"scale_attn_norm": True, "scale_mlp_norm": True, "qkv_bias": False},
+    "pre-norm": {"pre_norm": True},
+    "attention pooling": {"global_pool": "map", "class_token": False},
+    "no projection bias": {"proj_bias": False},
+    "other grid": {"img_size": (24, 40)},
+    "dynamic size": {"dynamic_img_size": True},
+}
+"""Every kind of plain timm ViT, as arguments to `small_vit`."""
+
+METHODS = ["dgssa:layers=0,2", "glad:at=1,2", "glad:at=2,keep=0.3", "dgssa:layers=0,1+glad:at=2,3"]
+"""Every method, alone and in company, with parameters that fit a model of four blocks."""
+
+
+def small_vit(**changes: Any) -> VisionTransformer:
+    """A ViT of four blocks, its weights drawn large enough that attention is not flat and biases are not zero."""
+    torch.manual_seed(0)
+    arguments = dict(img_size=SIZE, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10) | changes
+    model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def photos(model: VisionTransformer, count: int = 6) -> torch.Tensor:
+    """Smooth random images of the model's size, so that neighbouring patches resemble each other."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(count, 3, 5, 5, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=model.patch_embed.img_size, mode="bilinear")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a model."""
+
+    method: str
+    model: str = "class token"
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.method} on {self.model}"
+
+    def methods(self) -> tuple[Method, ...]:
+        return parse(self.method)
+
+    def vit(self) -> VisionTransformer:
+        return small_vit(**MODELS[self.model], **self.changes)
+
+
+CASES = [Case(method) for method in METHODS] + [
+    Case("dgssa:layers=0,1+glad:at=2,3", model) for model in MODELS if model != "class token"
+]

@@ -1,0 +1,320 @@
+"""The commands: what they print and write, and that each bad input gets one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from leanvit import GLAD, slim
+from leanvit.cli import app
+from leanvit.cli.options import Training
+from leanvit.report.tables import read_csv
+from leanvit.store import load, save
+from leanvit.train import TrainConfig
+
+COMMANDS = ("bench", "compare", "demo", "doctor", "eval", "slim", "train")
+QUICK = ("-b", "1", "--num-bench-iter", "1", "--threads", "1")
+SHORT = ("--epochs", "1", "-b", "4", "--device", "cpu", "--warm-start-steps", "1")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of train/ and val/, each with two noise images of three classes."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("ant", "bee", "cat"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                pixels = generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved ViT of three classes and six blocks that computes next to nothing."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 6, "num_heads": 3, "num_classes": 3}
+    return save(
+        timm.create_model("vit_tiny_patch16_224", **sizes), tmp_path_factory.mktemp("models") / "dense"
+    )
+
+
+@pytest.fixture(scope="module")
+def lean(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(slim(load(dense), GLAD()), tmp_path_factory.mktemp("models") / "lean")
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed here is of no interest."""
+    monkeypatch.setattr("leanvit.bench.SECONDS", 0.0)
+    monkeypatch.setattr("leanvit.bench.FEWEST", 1)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="leanvit")
+
+
+def succeed(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refuse(*arguments: object) -> str:
+    """The one line that a mistake gets."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("leanvit: error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_explains_every_option(command: str) -> None:
+    text = succeed(*command.split(), "--help")
+    options = [line for line in text.splitlines() if line.startswith("  -")]
+    assert options and all(len(line) <= 80 for line in text.splitlines())
+    if not command:
+        assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+def test_version() -> None:
+    assert succeed("--version").startswith("leanvit ")
+
+
+def test_installed_command_refuses_in_one_line_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "leanvit", "eval", "no_such_vit", "--data-dir", "digits"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert done.stderr.startswith("leanvit: error: ") and done.stderr.count("\n") == 1
+    assert "no_such_vit" in done.stderr
+
+
+# ---- measuring
+
+
+def test_eval_prints_and_writes_the_figures(dense: Path, photos: Path, tmp_path: Path) -> None:
+    files = ("--json", tmp_path / "new" / "a.json", "--results-file", tmp_path / "a.csv")
+    text = succeed("eval", dense, "--data-dir", photos, "--teacher", dense, *files)
+    assert "top-1" in text
+    (row,) = read_csv(tmp_path / "a.csv")
+    assert row["model"] == str(dense) and row["agreement"] == 100 and 0 <= row["top1"] <= 100
+    written = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert written["command"] == "eval" and written["settings"]["batch_size"] == 50
+    assert written["environment"]["processor"] and written["environment"]["versions"]["torch"]
+    assert written["rows"][0]["top1"] == pytest.approx(row["top1"], abs=1e-3)
+
+
+def test_eval_of_published_weights_needs_no_other_option(shared_data: Path, tmp_path: Path) -> None:
+    weights = shared_data / "deit_tiny_patch16_224.safetensors"
+    data = ("--data-dir", shared_data / "imagenet-500.tar", "--results-file", tmp_path / "a.csv")
+    assert "500 images" in succeed("eval", "deit_tiny_patch16_224", "--checkpoint", weights, *data)
+    assert read_csv(tmp_path / "a.csv")[0]["top1"] > 75
+
+
+def test_bench_times_methods_beside_the_dense_model(dense: Path, tmp_path: Path) -> None:
+    table = tmp_path / "speed.csv"
+    succeed(
+        "bench",
+        dense,
+        "--method",
+        "glad",
+        "--method",
+        "dgssa:layers=0,1+glad",
+        *QUICK,
+        "--results-file",
+        table,
+    )
+    rows = read_csv(table)
+    assert [row["model"] for row in rows] == ["dense", "glad", "dgssa:layers=0,1+glad"]
+    assert rows[2]["infer_gmacs"] < rows[0]["infer_gmacs"]
+
+
+def test_bench_of_a_lean_model_has_its_dense_twin_beside_it(lean: Path, tmp_path: Path) -> None:
+    table = tmp_path / "speed.csv"
+    succeed("bench", lean, *QUICK, "--precision", "bf16", "--results-file", table)
+    dense_row, lean_row = read_csv(table)
+    assert dense_row["method"] == "dense" and lean_row["method"].startswith("glad")
+    assert lean_row["infer_gmacs"] < dense_row["infer_gmacs"]
+
+
+def test_compare_puts_accuracy_and_speed_in_one_table(
+    dense: Path, lean: Path, photos: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "both.csv"
+    succeed("compare", dense, lean, "--data-dir", photos, *QUICK, "--results-file", table)
+    rows = read_csv(table)
+    assert [row["model"] for row in rows] == ["dense", str(lean)]
+    assert rows[1]["agreement"] is not None and rows[1]["speedup"] > 0
+
+
+def test_doctor(tmp_path: Path) -> None:
+    text = succeed("doctor", "--json", tmp_path / "doctor.json")
+    assert "processor" in text and "onnxruntime" in text
+    assert json.loads((tmp_path / "doctor.json").read_text())["environment"]["versions"]["timm"]
+
+
+# ---- training
+
+
+def test_slim_makes_a_run_that_other_commands_take(dense: Path, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    arguments = (
+        "slim",
+        dense,
+        "--method",
+        "dgssa:layers=auto:2+glad",
+        "--data-dir",
+        photos,
+        "--output",
+        folder,
+    )
+    text = succeed(*arguments, *SHORT)
+    assert "speedup" in text
+    assert load(folder / "deployed").lean.deployed and not load(folder / "last").lean.deployed
+    assert next(row["method"] for row in read_csv(folder / "results.csv")) == "dense"
+    assert json.loads((folder / "results.json").read_text())["settings"]["epochs"] == 1
+    assert "is not empty" in refuse(*arguments, *SHORT)
+    assert "lr was" in refuse(*arguments, *SHORT, "--resume", "--lr", "0.5")
+    succeed(*arguments, *SHORT, "--resume")
+    succeed("eval", folder, "--data-dir", photos)
+
+
+def test_slim_without_labels_only_warm_starts(dense: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = ("slim", dense, "--method", "glad", "--data-dir", photos / "train" / "ant")
+    result = run(*arguments, "--warm-start-steps", "1", "--output", tmp_path, "--experiment", "b")
+    assert result.exit_code == 0, result.output
+    assert "no images were held out" in result.stderr
+    assert load(tmp_path / "b" / "last").lean.methods[0].name == "glad"
+
+
+def test_train_takes_the_number_of_classes_from_the_data(photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 7}
+    base = save(timm.create_model("vit_tiny_patch16_224", **sizes), tmp_path / "base")
+    succeed("train", base, "--data-dir", photos, "--output", tmp_path / "run", "--epochs", "1", "-b", "4")
+    assert load(tmp_path / "run" / "best").num_classes == 3
+    assert read_csv(tmp_path / "run" / "results.csv")[0]["top1"] is not None
+
+
+def test_config_file_gives_defaults_and_the_command_line_wins(
+    dense: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "epochs": 1,
+        "batch-size": 4,
+        "lr": 1e-5,
+        "scale": [0.5, 1.0],
+        "model_ema": True,
+        "output": str(tmp_path / "run"),
+        "warm-start-steps": 0,
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    succeed(
+        "slim", dense, "-c", tmp_path / "c.yaml", "--method", "glad", "--data-dir", photos, "--lr", "2e-5"
+    )
+    used = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert (used["lr"], used["batch_size"], used["scale"], used["model_ema"]) == (2e-5, 4, [0.5, 1.0], True)
+
+
+def test_training_options_have_the_defaults_of_the_library() -> None:
+    assert Training().config(epochs=10) == TrainConfig()
+
+
+# ---- bad input
+
+
+def test_usage_errors_are_one_line(dense: Path) -> None:
+    assert "Missing argument 'MODEL'" in refuse("eval")
+    assert "--data-dir" in refuse("eval", dense)
+    assert "--no-such" in refuse("bench", dense, "--no-such")
+    assert "--precision" in refuse("bench", dense, "--precision", "fp8")
+    assert "nothing" in refuse("nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--method", "castle"), "unknown method 'castle'; known are dgssa, glad"),
+        (("--method", "glad:keeps=0.5"), "glad has no parameter 'keeps'"),
+        (("--method", "glad:keep=2"), "keep=2"),
+        (("--method", "dgssa:layers=9"), "block 9 does not exist"),
+        (("--method", "dgssa:layers=auto:5+glad"), "only 3 come before"),
+        (("--method", "dgssa:layers=4+glad"), "dgssa"),
+        (("--method", "glad", "--lr", "-1"), "lr must be above 0"),
+        (("--method", "glad", "--opt", "adamx"), "adamx"),
+        (("--method", "glad", "--device", "tpu9"), "tpu9"),
+        (("--method", "glad", "--track", "nobody"), "nobody"),
+        (("--method", "glad", "--img-size", "33"), "33"),
+        (("--method", "glad", "--train-split", "nowhere"), "nowhere"),
+    ],
+)
+def test_slim_refuses(
+    dense: Path, photos: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    folder = tmp_path / "run"
+    quick = ("--warm-start-steps", "0", "--output", folder)
+    assert expected in refuse("slim", dense, "--data-dir", photos, *quick, *arguments)
+    assert not (folder / "last").exists() and not (folder / "deployed").exists()
+
+
+def test_data_that_does_not_fit_is_refused(dense: Path, photos: Path, tmp_path: Path) -> None:
+    assert "nowhere" in refuse("eval", dense, "--data-dir", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refuse("eval", dense, "--data-dir", tmp_path / "empty")
+    assert "classes" in refuse("eval", dense, "--data-dir", "digits")
+    (tmp_path / "broken.tar").write_bytes(b"no tar at all")
+    assert "broken.tar" in refuse("eval", dense, "--data-dir", tmp_path / "broken.tar")
+
+
+def test_weights_that_do_not_fit_are_refused(dense: Path, photos: Path, tmp_path: Path) -> None:
+    evaluate = ("eval", "deit_tiny_patch16_224", "--data-dir", photos, "--checkpoint")
+    assert "missing.safetensors" in refuse(*evaluate, tmp_path / "missing.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((dense / "model.safetensors").read_bytes()[:1000])
+    assert "cut.safetensors" in refuse(*evaluate, tmp_path / "cut.safetensors")
+    torch.save({}, tmp_path / "pickle.pth")
+    assert "pickle.pth" in refuse(*evaluate, tmp_path / "pickle.pth")
+    message = refuse(*evaluate, dense / "model.safetensors")
+    assert "192" in message and "12" in message
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    dense: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for option in ("--json", "--results-file"):
+        assert "a folder" in refuse("eval", dense, "--data-dir", photos, option, tmp_path)
+        assert "is a file" in refuse("eval", dense, "--data-dir", photos, option, tmp_path / "file" / "x")
+    slim_into_file = ("slim", dense, "--data-dir", photos, "--method", "glad", "--output", tmp_path / "file")
+    assert "is a file" in refuse(*slim_into_file)
+    assert "file" in refuse("demo", "--output", tmp_path / "file")
+
+
+def test_config_files_that_cannot_be_read_are_refused(dense: Path, photos: Path, tmp_path: Path) -> None:
+    command = ("slim", dense, "--method", "glad", "--data-dir", photos, "-c")
+    assert "missing.yaml" in refuse(*command, tmp_path / "missing.yaml")
+    for text, expected in {
+        "speed: 3": "'speed', which is no option of slim",
+        "- 1\n- 2": "option: value",
+        "a: [": "not YAML",
+        "lr: fast": "lr",
+    }.items():
+        (tmp_path / "c.yaml").write_text(text)
+        assert expected in refuse(*command, tmp_path / "c.yaml")
+
+
+def test_a_lean_model_takes_no_more_methods(lean: Path) -> None:
+    assert "is lean already (glad" in refuse("bench", lean, "--method", "glad")

@@ -1,0 +1,416 @@
+"""Training: it learns, a resumed run is the same run, and what cannot work is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import leanvit
+from leanvit.data import data_config
+from leanvit.errors import CheckpointError, ConfigError, TrainingDiverged
+from leanvit.objective import Objective, Teacher, distillation_loss
+from leanvit.runs import RunFolder
+from leanvit.store import load
+from leanvit.train import TrainConfig, TrainResult, distill, train
+
+METHODS = (leanvit.DGSSA(layers=(0, 1)), leanvit.GLAD(at=(2,)))
+MEASURED = ("images_per_second",)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More than one costs these small models more than it gives, and on a busy machine far more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Images(Dataset):
+    """Random images whose label is in their brightness; the `stop`-th one that is asked for is not given."""
+
+    def __init__(
+        self, count: int = 32, stop: int | None = None, end=None, value: float | None = None
+    ) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.labels = torch.arange(count) % 10
+        self.images = torch.randn(count, 3, 32, 32, generator=generator) + self.labels.view(-1, 1, 1, 1) / 3
+        self.left, self.end, self.value = stop, end, value
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.left is not None:
+            self.left -= 1
+            if self.left <= 0:
+                if self.value is None:
+                    self.end()
+                return torch.full_like(self.images[index], self.value), int(self.labels[index])
+        noise = torch.randn(3, 1, 1) / 10  # augmentation, from the generator that an epoch seeds
+        return self.images[index] + noise, int(self.labels[index])
+
+
+class Still(Images):
+    """The same without augmentation."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+def tiny_model(**changes) -> nn.Module:
+    """The model of the fixture `tiny_vit`, for another process."""
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", **{**shape, **changes})
+
+
+def interrupt() -> None:
+    raise InterruptedError
+
+
+def losses(result: TrainResult) -> list[dict]:
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in result.history]
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
+
+
+def numbers(row: dict[str, str]) -> dict[str, float]:
+    return {name: float(value or 0) for name, value in row.items()}
+
+
+def fit(model, data=None, val_data=None, **options) -> TrainResult:
+    options = {"epochs": 2, "batch_size": 16, "lr": 1e-3, "progress": False, **options}
+    return train(model, data or Images(), val_data, **options)
+
+
+def test_learns_digits_from_the_path_alone(tiny_vit):
+    result = train(tiny_vit, "digits", epochs=3, batch_size=16, lr=5e-4, scale=(0.9, 1.0), progress=False)
+    assert result.model is tiny_vit and not tiny_vit.training
+    assert result.best["val_top1"] > 25
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+
+
+def test_distills_into_a_deployable_model(tiny_vit, tmp_path):
+    fit(tiny_vit, epochs=2)
+    before = copy.deepcopy(tiny_vit.state_dict())
+    lean = leanvit.slim(tiny_vit, *METHODS)
+    result = distill(
+        lean, tiny_vit, Images(), Images(), epochs=2, batch_size=16, output=tmp_path / "run", progress=False
+    )
+    first = result.history[0]
+    terms = {"train_ce", "train_kd", "train_tokens", "train_dgssa_guidance"}
+    assert terms <= first.keys() and all(first[name] > 0 for name in terms)
+    assert sum(first[name] for name in terms) == pytest.approx(first["train_loss"], rel=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in tiny_vit.state_dict().items())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(leanvit.deploy(lean)(images), lean(images), atol=1e-4, rtol=0)
+    torch.testing.assert_close(load(tmp_path / "run" / "best")(images), lean(images))
+
+
+def test_run_folder_has_what_the_conventions_say(tiny_vit, tmp_path):
+    result = fit(tiny_vit, val_data=Images(), output=tmp_path, epochs=3)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "args.yaml", "metrics.csv", "summary.csv", "last", "best", "checkpoint-2", "checkpoint-3",
+    }  # fmt: skip
+    table = read_rows(tmp_path)
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    assert float(table[1]["train_loss"]) == result.history[1]["train_loss"]
+    assert (tmp_path / "summary.csv").read_text().startswith("epoch,train_loss,eval_top1,lr\n")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"model_ema": True, "mixup": 0.5, "opt": "muon", "grad_accum_steps": 2, "amp": "bf16"}]
+)
+def test_resumed_run_is_the_uninterrupted_run(tiny_vit, tmp_path, options):
+    lean = leanvit.slim(tiny_vit, *METHODS)
+    runs = {"batch_size": 8, "epochs": 3, "progress": False, **options}
+    whole = distill(copy.deepcopy(lean), tiny_vit, Images(), Images(), output=tmp_path / "whole", **runs)
+    broken = tmp_path / "broken"
+    with pytest.raises(InterruptedError):  # in the middle of the second epoch
+        distill(
+            copy.deepcopy(lean), tiny_vit, Images(stop=48, end=interrupt), Images(), output=broken, **runs
+        )
+    resumed = distill(lean, tiny_vit, Images(), Images(), output=broken, resume=True, **runs)
+    assert losses(resumed) == losses(whole)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in resumed.model.state_dict().items())
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_train import Images, fit, tiny_model
+killer = lambda: os.kill(os.getpid(), signal.SIGKILL)
+fit(tiny_model(), Images(stop=48, end=killer), epochs=3, output=sys.argv[1])
+"""
+
+
+def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(
+        filter(None, [str(Path(leanvit.__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    )
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_run_killed_in_mid_epoch_resumes_to_the_same_losses(tiny_vit, tmp_path):
+    whole = fit(copy.deepcopy(tiny_vit), epochs=3)
+    killed = python("-c", KILLED, tmp_path, Path(__file__).parent)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    for weight in tiny_vit.parameters():  # the checkpoint decides, not what is passed in
+        weight.data.zero_()
+    resumed = fit(tiny_vit, epochs=3, output=tmp_path, resume=True)
+    for row, wanted in zip(losses(resumed), losses(whole), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-6)  # the killed process had another number of threads
+
+
+def test_finished_run_resumes_to_its_result_and_mends_its_folder(tiny_vit, tmp_path):
+    whole = fit(copy.deepcopy(tiny_vit), val_data=Images(), output=tmp_path)
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / ".checkpoint-9.tmp").mkdir()
+    again = fit(tiny_vit, val_data=Images(), output=tmp_path, resume=True)
+    assert again.history == whole.history and len(read_rows(tmp_path)) == 2
+    assert not (tmp_path / ".checkpoint-9.tmp").exists()
+    assert all(
+        torch.equal(value, again.model.state_dict()[key]) for key, value in whole.model.state_dict().items()
+    )
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_vit, tmp_path):
+    assert len(fit(tiny_vit, output=tmp_path, resume=True, epochs=1).history) == 1
+
+
+def test_resume_with_other_settings_names_them(tiny_vit, tmp_path):
+    fit(tiny_vit, output=tmp_path, epochs=1)
+    with pytest.raises(ConfigError, match=r"other settings: epochs was 1, now 2; lr was 0\.001, now 0\.002"):
+        fit(tiny_vit, output=tmp_path, resume=True, lr=2e-3, epochs=2)
+    with pytest.raises(ConfigError, match="method was None, now 'dgssa:layers=0'"):
+        fit(leanvit.slim(tiny_vit, leanvit.DGSSA(layers=(0,))), output=tmp_path, resume=True, epochs=1)
+
+
+def test_run_is_not_overwritten(tiny_vit, tmp_path):
+    fit(tiny_vit, output=tmp_path, epochs=1)
+    with pytest.raises(ConfigError, match="holds a run already; resume it"):
+        fit(tiny_vit, output=tmp_path, epochs=1)
+
+
+def test_damaged_checkpoint_is_named(tiny_vit, tmp_path):
+    fit(tiny_vit, output=tmp_path, epochs=1)
+    weights = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 cannot be resumed from"):
+        fit(tiny_vit, output=tmp_path, resume=True, epochs=1)
+
+
+def test_optimiser_state_is_never_unpickled(tiny_vit, tmp_path):
+    fit(tiny_vit, output=tmp_path, epochs=1)
+    torch.save({"run": Images}, tmp_path / "checkpoint-1" / "optimizer.bin")
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        fit(tiny_vit, output=tmp_path, resume=True, epochs=1)
+
+
+def test_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_vit, tmp_path):
+    data = Images(stop=32 + 17, value=float("nan"))  # the second batch of the second epoch
+    with pytest.raises(
+        TrainingDiverged, match=r"not finite at step 4 of 6: loss nan, ce nan; .*checkpoint-1$"
+    ):
+        fit(tiny_vit, data, epochs=3, output=tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_full_disk_leaves_nothing_half_written(tmp_path):
+    folder = RunFolder(tmp_path, {"lr": 1.0}, resume=False)
+    folder.start()
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        with folder.writing(1) as path:
+            (path / "weights").write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [path.name for path in tmp_path.iterdir()] == ["args.yaml"]
+
+
+def test_output_that_cannot_be_written_is_named_before_training(tiny_vit, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file; give a folder"):
+        fit(tiny_vit, output=tmp_path / "file")
+    with pytest.raises(CheckpointError, match="run cannot be written"):
+        fit(tiny_vit, output=tmp_path / "file" / "run")
+
+
+def distill_twice(output: Path, batch_size: int) -> None:
+    """A run from the beginning, and the same resumed at its end."""
+    # The guidance loss takes the mean attention over a process's own images, not over the joint batch.
+    methods = leanvit.DGSSA(layers=(0, 1), guidance_weight=0), leanvit.GLAD(at=(2,))
+    options = {"epochs": 2, "batch_size": batch_size, "output": output, "progress": False, "device": "cpu"}
+    first, again = (
+        distill(
+            leanvit.slim(tiny_model(), *methods), tiny_model(), Still(30), Still(29), resume=resume, **options
+        )
+        for resume in (False, True)
+    )
+    assert losses(first) == losses(again)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "import test_train\n"
+        "test_train.distill_twice(pathlib.Path(sys.argv[1]), batch_size=4)\n"
+    )
+    # What `accelerate launch` runs for several GPUs; for several processes on one CPU it starts only one.
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = python(*launch, script, tmp_path / "two", Path(__file__).parent)
+    assert two.returncode == 0, two.stderr
+    assert "processes: 2" in (tmp_path / "two" / "args.yaml").read_text()
+    distill_twice(tmp_path / "one", batch_size=8)
+    for row, wanted in zip(read_rows(tmp_path / "two"), read_rows(tmp_path / "one"), strict=True):
+        assert numbers(row) == pytest.approx(numbers(wanted), rel=1e-4)
+
+
+def test_accumulated_batches_make_the_update_of_one(tiny_vit):
+    once, twice = copy.deepcopy(tiny_vit), copy.deepcopy(tiny_vit)
+    fit(once, Still(), opt="sgd", batch_size=16, epochs=1)
+    fit(twice, Still(), opt="sgd", batch_size=8, grad_accum_steps=2, epochs=1)
+    for weight, wanted in zip(twice.parameters(), once.parameters(), strict=True):
+        torch.testing.assert_close(weight, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_inherited_weights_have_their_own_learning_rate(tiny_vit):
+    lean = leanvit.slim(tiny_vit, *METHODS)
+    before = copy.deepcopy(lean.state_dict())
+    fit(lean, inherited_lr_scale=0.0, epochs=1)
+    new = lean.new_parameter_names()
+    changed = {key for key, value in lean.named_parameters() if not torch.equal(before[key], value)}
+    assert new and changed == new
+
+
+def test_seed_decides_the_run(tiny_vit):
+    first, second, other = (losses(fit(copy.deepcopy(tiny_vit), epochs=1, seed=seed)) for seed in (0, 0, 1))
+    assert first == second != other
+
+
+def test_tensorboard_gets_the_rows(tiny_vit, tmp_path):
+    pytest.importorskip("tensorboard")
+    fit(tiny_vit, output=tmp_path, epochs=1, track=("tensorboard",))
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_objective_is_the_sum_in_the_methods_document(tiny_vit):
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    lean = leanvit.slim(tiny_vit, *METHODS).eval()
+    logits, tokens = Teacher(tiny_vit, lean, tokens=True)(images)
+    terms = Objective(lean, kd_weight=0.5, token_weight=0.25)(images, labels, logits, tokens)
+    seen = lean.forward_tokens(images, track=True)
+    own = lean(images).log_softmax(-1)
+    torch.testing.assert_close(terms["ce"], F.nll_loss(own, labels))
+    divergence = (logits.softmax(-1) * (logits.log_softmax(-1) - own)).sum(-1).mean()
+    torch.testing.assert_close(terms["kd"], 0.5 * divergence)
+    torch.testing.assert_close(terms["tokens"], 0.25 * (seen.x - seen.reduce(tokens)).square().mean())
+    torch.testing.assert_close(terms["loss"], terms["ce"] + terms["kd"] + terms["tokens"])
+    assert [name for name, term in terms.items() if term.requires_grad] == ["loss"]
+
+
+def test_distillation_loss_vanishes_for_equal_logits_at_any_temperature():
+    logits = torch.randn(3, 5)
+    assert distillation_loss(logits, logits, temperature=3.0).abs() < 1e-6
+    assert distillation_loss(logits, -logits, temperature=3.0) > 0
+
+
+def test_teacher_sees_images_in_its_own_normalisation(tiny_vit):
+    student = leanvit.slim(tiny_vit)
+    tiny_vit.pretrained_cfg = {
+        **tiny_vit.pretrained_cfg,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+    }
+    assert data_config(student)["mean"] != data_config(tiny_vit)["mean"]
+    pixels = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(data_config(student)[key]).view(3, 1, 1) for key in ("mean", "std"))
+    own_mean, own_std = (
+        torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    logits, _ = Teacher(tiny_vit, student, tokens=False)((pixels - mean) / std)
+    torch.testing.assert_close(logits, tiny_vit((pixels - own_mean) / own_std))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embed_dim": 96}, "the teacher has width 96, the student 48; use token_weight=0"),
+        ({"patch_size": 16}, r"patch grid \(2, 2\), the student \(4, 4\)"),
+        ({"num_classes": 7}, "the teacher has 7 classes, the student 10"),
+    ],
+)
+def test_teacher_that_does_not_fit_is_refused(tiny_vit, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        distill(leanvit.slim(tiny_vit), tiny_model(**changes), Images(), progress=False)
+
+
+def test_any_teacher_will_do_without_tokens(tiny_vit):
+    teacher = timm.create_model("resnet10t", num_classes=10)
+    with pytest.raises(ConfigError, match="a ResNet, has no dense tokens"):
+        distill(leanvit.slim(tiny_vit), teacher, Images(), progress=False)
+    result = distill(tiny_vit, teacher, Images(), epochs=1, batch_size=16, token_weight=0, progress=False)
+    assert "train_kd" in result.history[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"amp": "fp8"}, "amp must be 'bf16', 'fp16' or empty, got 'fp8'"),
+        ({"opt": "adamv"}, "opt must be an optimiser of timm, the nearest .*adam"),
+        ({"sched": "plateau"}, "sched must be one of cosine"),
+        ({"smoothing": 1.0}, "smoothing must be at least 0 and below 1"),
+        ({"epochs": 1, "warmup_epochs": 2}, "warmup_epochs must be at most epochs=1"),
+        ({"batch_size": 3, "cutmix": 1.0}, "batch_size must be even for mixup .* got 3"),
+        ({"learning_rate": 1e-3}, "no training option 'learning_rate'"),
+    ],
+)
+def test_config_refuses_by_name(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.of(None, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"amp": "fp16", "device": "cpu"}, "fp16 is not for training on a CPU"),
+        ({"device": "mps"}, "device 'mps' is not there"),
+        ({"track": ("clearly",), "output": "x"}, "tracker 'clearly' is not known or not installed"),
+        ({"track": ("tensorboard",)}, "trackers write into the run's folder"),
+        ({"hflip": 0.0}, "hflip: a data set brings its own augmentation"),
+    ],
+)
+def test_training_refuses_by_name(tiny_vit, options, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(tiny_vit, **options)
+
+
+def test_deployed_model_is_refused(tiny_vit):
+    deployed = leanvit.deploy(leanvit.slim(tiny_vit, leanvit.GLAD(at=(2,))))
+    with pytest.raises(ConfigError, match="no weights to train"):
+        fit(deployed)
