@@ -129,12 +129,19 @@ def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
+def _fused_linear(x: Any, *others: Any, **kwargs: Any) -> int:
+    # (input, weight, …), or (input, residual, weight, …) where it adds a residual
+    weight = others[0] if len(others[0]) == 2 and others[0][-1] == x[-1] and len(x) > 2 else others[1]
+    return int(2 * math.prod(x) * weight[0])
+
+
 aten = torch.ops.aten
 # Formulas that torch's own table lacks, some of them in some releases only (the CPU's fused attention:
 # pytorch 195460). They take shapes and give FLOPs.
 _FORMULAS: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     aten._scaled_dot_product_fused_attention_overrideable: _sdpa,
+    torch.ops.mkldnn._linear_pointwise: _fused_linear,
     aten.mv: lambda a, b, **_: 2 * math.prod(a),
     aten.addmv: lambda c, a, b, **_: 2 * math.prod(a),
     aten.dot: lambda a, b, **_: 2 * math.prod(a),
@@ -174,7 +181,7 @@ def _kind(operation: Any) -> str:
         return "attention"
     if "conv" in name:
         return "convolution"
-    return "linear" if re.search(r"m[mv]$|dot$", name) else "other"
+    return "linear" if re.search(r"m[mv]$|dot$|linear", name) else "other"
 
 
 def _macs_by_module(model: nn.Module, counter: FlopCounterMode, images: int) -> dict[str, dict[Any, float]]:

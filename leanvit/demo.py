@@ -71,10 +71,10 @@ def run(output: Path, json: Path | None = None) -> None:
         )
     pareto(digits, output / "pareto.png", title="Handwritten digits: accuracy against measured throughput")
     show = Console(highlight=False)
-    show.print(
-        figures(digits, f"{DATA}: 360 held-out images, a ViT of {digits[0]['param_count']:.2f} M parameters")
-    )
-    show.print(figures(speed, f"{SPEED_MODEL}: the same recipes with random weights, speed only"))
+    show.print(f"\n{DATA}: held-out images, a ViT of {digits[0]['param_count']:.2f} M parameters")
+    show.print(figures(digits))
+    show.print(f"\n{SPEED_MODEL}: the same recipes with random weights, speed only")
+    show.print(figures(speed))
     show.print(f"results.json, results.csv and pareto.png are in {output}/", markup=False)
 
 
@@ -143,10 +143,10 @@ def on_random_images(recipes: Mapping[str, tuple[Method, ...]]) -> list[Row]:
     return [{**row, "data": "random", "trained": False} for row in rows]
 
 
-def figures(rows: list[Row], title: str) -> RichTable:
+def figures(rows: list[Row]) -> RichTable:
     """The rows as a table: each model's figures, and their ratios to the dense model's."""
     accurate = "top1" in rows[0]
-    table = RichTable(title=title, title_justify="left")
+    table = RichTable()
     table.add_column("model")
     for heading in (
         *(("top-1 %", "agreement %") if accurate else ("batch",)),

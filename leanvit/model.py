@@ -104,7 +104,7 @@ class LeanBlock(Block):
         return [m for m in (*self.stages.values(), self.attn, self.mlp) if isinstance(m, LeanModule)]
 
     def __repr__(self) -> str:
-        attention = repr(self.attn) if not type(self.attn) is Attention else "dense"
+        attention = "dense" if type(self.attn) is Attention else repr(self.attn)
         return ", ".join([*map(repr, self.stages.values()), attention])
 
 
@@ -307,6 +307,8 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
     Raises:
         DeployError: The model is not lean, or a method is not ready.
     """
+    from .fast import speed_up
+
     info = _lean_info(model, DeployError)
     fast = copy.deepcopy(model).eval()
     if info.deployed:
@@ -322,6 +324,7 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
             module = getattr(block, name)
             if hasattr(module, "deployed"):
                 setattr(block, name, module.deployed())
+        speed_up(block)
     fast.lean = replace(info, deployed=True)
     return fast.requires_grad_(False)  # type: ignore[return-value]
 

@@ -35,7 +35,8 @@ def test_demo_writes_and_prints_its_results(
     monkeypatch.setattr(demo, "LEAN_TRAINING", replace(demo.LEAN_TRAINING, **quick))
     monkeypatch.setattr(demo, "warm_start", partial(warm_start, steps=0, limit=64))
     monkeypatch.setattr(demo, "compare", partial(compare, iterations=1))
-    monkeypatch.setattr(demo, "bench", partial(bench, iterations=1, warmup=0))
+    once = {"batch_sizes": (1,), "iterations": 1, "warmup": 0}
+    monkeypatch.setattr(demo, "bench", lambda models, **options: bench(models, **(options | once)))
     demo.run(tmp_path / "demo", json=tmp_path / "copy.json")
 
     rows = read_csv(tmp_path / "demo" / "results.csv")

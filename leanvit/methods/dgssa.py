@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..analysis import attention_map
 from ..errors import ConfigError, InputSizeError, MethodError
+from ..fast import project
 from ..ops.static import resize_static, static_attention
 from ..record import Recorder, offer
 from . import register
@@ -128,7 +129,7 @@ class StaticAttention(LeanModule, Attention):
         else:
             offer("attention", self.layer, lambda: self.static)
             mixed = static_attention(self.attn_drop(self.static), self._values(x))
-        return self._project(x, mixed)
+        return project(self, x, mixed)
 
     def _guided(self, x: Tensor, alpha: float) -> Tensor:
         dynamic = attention_map(self, x)  # (B, H, N, N)
@@ -142,12 +143,6 @@ class StaticAttention(LeanModule, Attention):
     def _values(self, x: Tensor) -> Tensor:
         weight, bias = value_projection(self)
         return nn.functional.linear(x, weight, bias)
-
-    def _project(self, x: Tensor, mixed: Tensor) -> Tensor:
-        mixed = self.norm(mixed)
-        if self.gate is not None:
-            mixed = mixed * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def start(self, dense: Block, inputs: Iterable[Tensor]) -> None:
@@ -184,6 +179,8 @@ class StaticAttention(LeanModule, Attention):
 class DeployedStaticAttention(nn.Module):
     """Static attention for inference: ``proj(S·V)``, ``2·N·C² + N²·C`` MACs an image; no query, key or softmax."""
 
+    adds_residual: ClassVar[bool] = True
+
     def __init__(self, trained: StaticAttention) -> None:
         super().__init__()
         weight, bias = (None if part is None else part.detach() for part in value_projection(trained))
@@ -199,11 +196,8 @@ class DeployedStaticAttention(nn.Module):
             self.v.bias = nn.Parameter(bias.clone())
         self.static = nn.Parameter(trained.static.detach())
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        mixed = self.norm(static_attention(self.static, self.v(x)))
-        if self.gate is not None:
-            mixed = mixed * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
+        return project(self, x, static_attention(self.static, self.v(x)), *residual)
 
     def __repr__(self) -> str:
         heads, tokens, _ = self.static.shape

@@ -1,0 +1,102 @@
+"""A timm block for inference: the parts that no method touched, in forms that cost less; same weights, same names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from timm.layers import Attention, DropPath, LayerScale, Mlp
+from torch import Tensor, nn
+
+from .model import LeanBlock, Tokens
+from .ops.attention import attention
+from .ops.linear import column_major, linear
+
+
+class FastLinear(nn.Linear):
+    """A linear layer for inference, with the GELU behind it if it took that over."""
+
+    gelu: str = ""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear(input, self.weight, self.bias, gelu=self.gelu, residual=residual)
+
+
+class FastAttention(Attention):
+    """timm's dense attention for inference, the residual added in its last product."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (B, H, N, d)
+        mixed = attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).reshape(batch, tokens, self.attn_dim)
+        return project(self, x, mixed, residual)
+
+    def __repr__(self) -> str:
+        return "dense"
+
+
+def project(attention: nn.Module, x: Tensor, mixed: Tensor, *residual: Tensor | None) -> Tensor:
+    """What timm's attention does after the heads are mixed: norm, gate and projection.
+
+    Args:
+        attention: The module with those parts.
+        x: Its input, ``(B, N, C)``.
+        mixed: The heads side by side, ``(B, N, H·d)``.
+        residual: For a projection that adds it, ``(B, N, C)``.
+    """
+    mixed = attention.norm(mixed)
+    if attention.gate is not None:
+        mixed = mixed * attention.gate(x).sigmoid()
+    return attention.proj_drop(attention.proj(mixed, *residual))  # type: ignore[no-any-return]
+
+
+class FastMlp(Mlp):
+    """timm's MLP for inference, with GELU and residual in its products."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.fc2(self.norm(self.fc1(x)), residual)
+
+
+class FastBlock(LeanBlock):
+    """A block for inference whose attention and MLP add the residual themselves."""
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        for stage in self.stages.values():
+            tokens = stage(tokens)
+        x = self.attn(self.norm1(tokens.x), tokens.x)
+        return replace(tokens, x=self.mlp(self.norm2(x), x))
+
+
+def speed_up(block: LeanBlock) -> None:
+    """Give the parts of a block their inference forms, in place; a part of a kind that is not known stays as it is."""
+    fold_layer_scale(block)
+    plain_mlp = type(block.mlp) is Mlp and type(block.mlp.act) is nn.GELU and isinstance(block.mlp.fc1, nn.Linear)
+    knows_residual = type(block.attn) is Attention or getattr(block.attn, "adds_residual", False)
+    nothing_between = all(isinstance(getattr(block, name), nn.Identity) for name in ("ls1", "ls2", "drop_path1", "drop_path2"))
+    for module in block.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
+            module.weight = nn.Parameter(column_major(module.weight.detach()))
+    if not (plain_mlp and knows_residual and nothing_between):
+        return
+    block.__class__ = FastBlock
+    block.mlp.__class__ = FastMlp
+    block.mlp.fc1.gelu = block.mlp.act.approximate
+    if type(block.attn) is Attention:
+        block.attn.__class__ = FastAttention
+
+
+@torch.no_grad()
+def fold_layer_scale(block: LeanBlock) -> None:
+    """Multiply layer scale into the product in front of it, where there is one, and drop what only training uses."""
+    for name, last in (("ls1", getattr(block.attn, "proj", None)), ("ls2", getattr(block.mlp, "fc2", None))):
+        scale = getattr(block, name)
+        if type(scale) is LayerScale and type(last) is nn.Linear:
+            last.weight = nn.Parameter(last.weight * scale.gamma[:, None])
+            if last.bias is not None:
+                last.bias = nn.Parameter(last.bias * scale.gamma)
+            setattr(block, name, nn.Identity())
+    for name in ("drop_path1", "drop_path2"):
+        if type(getattr(block, name)) is DropPath:
+            setattr(block, name, nn.Identity())

@@ -1,0 +1,33 @@
+"""Softmax attention for inference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALL = 32e6
+"""Attention maps of all images and heads up to so many bytes are formed; beyond, the fused kernel, which forms none, is used."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``softmax(q·kᵀ/√d)·v``; `scaled_dot_product_attention` is its reference.
+
+    Args:
+        q, k, v: ``(B, H, N, d)``.
+
+    Returns:
+        ``(B, H, N, d)``.
+    """
+    if not _forms_the_map(q):
+        return F.scaled_dot_product_attention(q, k, v)
+    # torch's fused CPU kernel computes in fp32 whatever it is given. In bf16, at batch 32, two matrix products and a softmax take
+    # 0.4 of its time at N = 197 and 0.3 at N = 99; at batch 1 and few tokens it is the faster one.
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+def _forms_the_map(q: Tensor) -> bool:
+    batch, heads, tokens, _ = q.shape
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return False
+    return batch * tokens >= 128 and batch * heads * tokens**2 * q.element_size() <= SMALL
