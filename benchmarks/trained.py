@@ -1,7 +1,9 @@
 """Protocol 2: what accuracy a lean DeiT-T keeps after distillation, and what its parts are worth.
 
-A DeiT-T is fine-tuned on ten classes (the teacher); students are slimmed from it, warm-started and distilled from it. Writes one
-row a student to a CSV and a JSON file; a row that is there already is not run again, so the command can be stopped and continued.
+A DeiT-T is fine-tuned on ten classes (the teacher); students are slimmed from it, warm-started and distilled from it.
+Writes one
+row a student to a CSV and a JSON file; a row that is there already is not run again, so the command can be stopped
+and continued.
 
     python benchmarks/trained.py DATA_DIR --only main
 
@@ -23,14 +25,13 @@ from leanvit.methods import parse
 from leanvit.store import resolve_model
 
 LEAN = "dgssa:layers=auto:3+glad:at=4,6,8"
-PLAIN = "dgssa:layers=1,2,3,5+glad:at=6,8,10"
 STUDENTS = {
-    "main": dict(method=LEAN, epochs=15),
-    "main, seed 1": dict(method=LEAN, epochs=15, seed=1),
-    "main, short": dict(method=LEAN, epochs=6),
-    "no warm start": dict(method=LEAN, epochs=6, warm=False),
-    "no guidance": dict(method=LEAN.replace("auto:3", "auto:3,guidance=0"), epochs=6),
-    "first layers": dict(method=LEAN.replace("auto:3", "0,1,2"), epochs=6),
+    "main": {"method": LEAN, "epochs": 15},
+    "main, seed 1": {"method": LEAN, "epochs": 15, "seed": 1},
+    "main, short": {"method": LEAN, "epochs": 6},
+    "no warm start": {"method": LEAN, "epochs": 6, "warm": False},
+    "no guidance": {"method": LEAN.replace("auto:3", "auto:3,guidance=0"), "epochs": 6},
+    "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 6},
 }
 
 
@@ -80,8 +81,10 @@ def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> di
     row["warm_start_s"] = round(time.perf_counter() - start)
     row["top1_before"] = leanvit.evaluate(leanvit.deploy(lean), val, progress=False).top1
     start = time.perf_counter()
-    options = dict(epochs=recipe["epochs"], seed=seed, amp="bf16", lr=3e-4, workers=args.workers)
-    leanvit.distill(lean, teacher, train, val, output=args.runs / name.replace(", ", "-").replace(" ", "-"), resume=True, **options)
+    options = {"epochs": recipe["epochs"], "seed": seed, "amp": "bf16", "lr": 3e-4, "workers": args.workers}
+    leanvit.distill(
+        lean, teacher, train, val, output=args.runs / name.replace(", ", "-").replace(" ", "-"), resume=True, **options
+    )
     fast = leanvit.deploy(lean)
     result = leanvit.evaluate(fast, val, teacher=teacher, progress=False)
     dense_macs, macs = leanvit.count(teacher).macs, leanvit.count(fast).macs

@@ -1,6 +1,7 @@
 """leanvit makes Vision Transformers cheaper to run, and proves it."""
 
 from .analysis import LayerStatistics, attention_statistics
+from .bench import bench
 from .count import Cost, count
 from .errors import (
     CheckpointError,
@@ -23,3 +24,38 @@ from .store import from_hub, load, push_to_hub, save
 from .train import distill, train
 from .version import __version__
 from .warmstart import warm_start
+
+__all__ = [
+    "DGSSA",
+    "GLAD",
+    "CheckpointError",
+    "ConfigError",
+    "Cost",
+    "DataError",
+    "DeployError",
+    "InputSizeError",
+    "LayerStatistics",
+    "LeanVitError",
+    "MethodError",
+    "RestoreError",
+    "Tokens",
+    "TrainingDiverged",
+    "UnsupportedModelError",
+    "__version__",
+    "attention_statistics",
+    "bench",
+    "compare",
+    "count",
+    "deploy",
+    "distill",
+    "evaluate",
+    "from_hub",
+    "load",
+    "push_to_hub",
+    "record",
+    "restore",
+    "save",
+    "slim",
+    "train",
+    "warm_start",
+]

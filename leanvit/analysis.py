@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import Attention
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .data import ImageSource
 
 RANK_IMAGES = 16
-"""Images whose attention is decomposed; the effective rank differs little between images and a decomposition is dear."""
+"""Images whose attention is decomposed; the effective rank differs little between images."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class LayerStatistics:
     Args:
         index: The block.
         relative_variance: ``Σ Var(A) / Σ E[A]²`` over images: near 0 where every image is attended to alike.
-        effective_rank: Smallest number of singular values that hold 95 % of the energy of the patches' attention, mean over heads
-            and images: how many tokens would do.
+        effective_rank: Smallest number of singular values that hold 95 % of the energy of the patches' attention,
+            mean over heads and images: how many tokens would do.
     """
 
     index: int
@@ -68,11 +68,14 @@ def attention_statistics(
     from .data import image_batches
 
     was_training = model.training
+    blocks: Any = model.blocks
     model.eval()
     sums: list[_Moments] = [_Moments() for _ in model.blocks]
     hooks = [
-        block.attn.register_forward_pre_hook(lambda module, args, moments=moments: moments.add(attention_map(module, args[0])))
-        for block, moments in zip(model.blocks, sums, strict=True)
+        block.attn.register_forward_pre_hook(
+            lambda module, args, moments=moments: moments.add(attention_map(module, args[0]))
+        )
+        for block, moments in zip(blocks, sums, strict=True)
     ]
     try:
         for batch in image_batches(images, model, batch_size, limit):
@@ -83,7 +86,8 @@ def attention_statistics(
         model.train(was_training)
     prefix = model.num_prefix_tokens
     return [
-        LayerStatistics(index, moments.relative_variance(), moments.effective_rank(prefix)) for index, moments in enumerate(sums)
+        LayerStatistics(index, moments.relative_variance(), moments.effective_rank(prefix))
+        for index, moments in enumerate(sums)
     ]
 
 

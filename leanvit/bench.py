@@ -163,14 +163,10 @@ def peak_memory(run: Callable[[], Any], device: str | torch.device = "cpu") -> i
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # the profiler's own notes to stderr, read when it first starts
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes to stderr, read when it first starts
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profiler:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
@@ -185,9 +181,7 @@ def peak_memory(run: Callable[[], Any], device: str | torch.device = "cpu") -> i
 class _Runner:
     """Runs a model on one batch, the next one at each call, and returns when it is done."""
 
-    def __init__(
-        self, model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.model = model
         self.batches = [batch.to(device, dtype) for batch in batches]
         self.device = device

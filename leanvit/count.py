@@ -266,14 +266,20 @@ def deployed_form(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every module of it back as it was."""
+    """Put a model in eval mode with nothing to train, and every module and parameter of it back as it was.
+
+    torch's counter asks each module's inputs for their gradient, and trips over a parameter that is one.
+    """
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -299,9 +305,7 @@ def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
             )
         patch = getattr(patches, "patch_size", (1, 1))
         if (height % patch[0] or width % patch[1]) and not getattr(patches, "dynamic_img_pad", False):
-            raise InputSizeError(
-                f"image size {height}x{width} is no multiple of the patch size {patch[0]}x{patch[1]}"
-            )
+            raise InputSizeError(f"image size {height}x{width} is no multiple of the patch size {patch[0]}x{patch[1]}")
     return channels, height, width
 
 

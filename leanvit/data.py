@@ -119,9 +119,7 @@ class ImageData(Dataset[tuple[Tensor, int] | None]):
             return self.relabel[label]
         if self.num_classes is not None and not 0 <= label < self.num_classes:
             name = self.reader.filename(index)
-            raise ReadError(
-                f"{name} in {self.path} has label {label}, none of the model's {self.num_classes} classes"
-            )
+            raise ReadError(f"{name} in {self.path} has label {label}, none of the model's {self.num_classes} classes")
         return label
 
 
@@ -162,9 +160,7 @@ def open_data(
     if num_classes is None:
         num_classes = getattr(model, "num_classes", None)
     reader = _open_reader(path, split, training, class_map)
-    classes, relabel = _match_classes(
-        path, _found_classes(reader), _known_classes(model), num_classes, bool(class_map)
-    )
+    classes, relabel = _match_classes(path, _found_classes(reader), _known_classes(model), num_classes, bool(class_map))
     return _prepare(
         reader,
         path,
@@ -227,9 +223,7 @@ def collate(samples: Sequence[Any]) -> Any:
     return default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.long))
 
 
-def image_batches(
-    source: ImageSource, model: nn.Module, batch_size: int, limit: int | None = None
-) -> Iterator[Tensor]:
+def image_batches(source: ImageSource, model: nn.Module, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
     """Batches of images ``(b, C, H, W)`` for a model; labels are not looked at.
 
     Damaged images of a path are named in a warning at the end; those of a data set are its owner's to report.
@@ -295,9 +289,7 @@ def _first_items(source: Any, batch_size: int, limit: int | None) -> Iterator[Te
             source = Subset(source, _spread(len(source), limit))
         source = loader(source, batch_size)
     if not isinstance(source, DataLoader):
-        raise DataError(
-            f"images are given as a path, a data set, a loader or a tensor, not a {type(source).__name__}"
-        )
+        raise DataError(f"images are given as a path, a data set, a loader or a tensor, not a {type(source).__name__}")
     for batch in source:
         yield batch[0] if isinstance(batch, list | tuple) else batch
 
@@ -347,9 +339,7 @@ def _open_reader(path: str, split: str | None, training: bool, class_map: ClassM
     elif scheme == "hfds":
         reader = _open_hugging_face(path, split or ("train" if training else "validation"), class_map)
     elif scheme in ("hfids", "tfds"):
-        raise DataError(
-            f"{path} is a stream, whose images have no fixed places; use a folder, a .tar, wds/ or hfds/"
-        )
+        raise DataError(f"{path} is a stream, whose images have no fixed places; use a folder, a .tar, wds/ or hfds/")
     else:
         reader = _open_local(_find_split(Path(path).expanduser(), split, training), class_map)
     if not len(reader):
@@ -385,11 +375,7 @@ def _find_split(root: Path, split: str | None, training: bool) -> Path:
 def _open_local(path: Path, class_map: ClassMap) -> ImageReader:
     if path.is_file() and path.suffix != ".tar":
         raise DataError(f"{path} is neither a folder nor a .tar")
-    if (
-        isinstance(class_map, str)
-        and class_map
-        and not (Path(class_map).exists() or (path / class_map).exists())
-    ):
+    if isinstance(class_map, str) and class_map and not (Path(class_map).exists() or (path / class_map).exists()):
         raise DataError(f"no such class map: {class_map}")
     try:
         reader = create_reader("", root=str(path), class_map=class_map or None)

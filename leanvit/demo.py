@@ -66,9 +66,7 @@ def run(output: Path, json: Path | None = None) -> None:
     table = Table([*digits, *speed])
     table.to_csv(output / "results.csv")
     for path in filter(None, (output / "results.json", json)):
-        table.to_json(
-            path, command="demo", environment=environment(), seconds=round(time.monotonic() - start)
-        )
+        table.to_json(path, command="demo", environment=environment(), seconds=round(time.monotonic() - start))
     pareto(digits, output / "pareto.png", title="Handwritten digits: accuracy against measured throughput")
     show = Console(highlight=False)
     show.print(f"\n{DATA}: held-out images, a ViT of {digits[0]['param_count']:.2f} M parameters")
@@ -159,9 +157,7 @@ def figures(rows: list[Row]) -> RichTable:
     dense_macs = rows[0]["infer_gmacs"]
     for row in rows:
         own = (
-            (f"{row['top1']:.1f}", f"{row.get('agreement', 100):.1f}")
-            if accurate
-            else (str(row["infer_batch_size"]),)
+            (f"{row['top1']:.1f}", f"{row.get('agreement', 100):.1f}") if accurate else (str(row["infer_batch_size"]),)
         )
         macs = row["infer_gmacs"]
         table.add_row(

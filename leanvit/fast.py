@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.layers import Attention, DropPath, LayerScale, Mlp
@@ -36,7 +37,7 @@ class FastAttention(Attention):
         return "dense"
 
 
-def project(attention: nn.Module, x: Tensor, mixed: Tensor, *residual: Tensor | None) -> Tensor:
+def project(attention: Any, x: Tensor, mixed: Tensor, *residual: Tensor | None) -> Tensor:
     """What timm's attention does after the heads are mixed: norm, gate and projection.
 
     Args:
@@ -48,7 +49,7 @@ def project(attention: nn.Module, x: Tensor, mixed: Tensor, *residual: Tensor | 
     mixed = attention.norm(mixed)
     if attention.gate is not None:
         mixed = mixed * attention.gate(x).sigmoid()
-    return attention.proj_drop(attention.proj(mixed, *residual))  # type: ignore[no-any-return]
+    return attention.proj_drop(attention.proj(mixed, *residual))
 
 
 class FastMlp(Mlp):
@@ -61,19 +62,21 @@ class FastMlp(Mlp):
 class FastBlock(LeanBlock):
     """A block for inference whose attention and MLP add the residual themselves."""
 
-    def forward(self, tokens: Tokens) -> Tokens:
+    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
         for stage in self.stages.values():
             tokens = stage(tokens)
         x = self.attn(self.norm1(tokens.x), tokens.x)
         return replace(tokens, x=self.mlp(self.norm2(x), x))
 
 
-def speed_up(block: LeanBlock) -> None:
+def speed_up(block: Any) -> None:
     """Give the parts of a block their inference forms, in place; a part of a kind that is not known stays as it is."""
     fold_layer_scale(block)
     plain_mlp = type(block.mlp) is Mlp and type(block.mlp.act) is nn.GELU and isinstance(block.mlp.fc1, nn.Linear)
     knows_residual = type(block.attn) is Attention or getattr(block.attn, "adds_residual", False)
-    nothing_between = all(isinstance(getattr(block, name), nn.Identity) for name in ("ls1", "ls2", "drop_path1", "drop_path2"))
+    nothing_between = all(
+        isinstance(getattr(block, name), nn.Identity) for name in ("ls1", "ls2", "drop_path1", "drop_path2")
+    )
     for module in block.modules():
         if type(module) is nn.Linear:
             module.__class__ = FastLinear
@@ -88,7 +91,7 @@ def speed_up(block: LeanBlock) -> None:
 
 
 @torch.no_grad()
-def fold_layer_scale(block: LeanBlock) -> None:
+def fold_layer_scale(block: Any) -> None:
     """Multiply layer scale into the product in front of it, where there is one, and drop what only training uses."""
     for name, last in (("ls1", getattr(block.attn, "proj", None)), ("ls2", getattr(block.mlp, "fc2", None))):
         scale = getattr(block, name)

@@ -65,12 +65,8 @@ class EvalResult:
     agreement: float | None
     count: int
     damaged: tuple[str, ...] = ()
-    labels: Tensor = field(
-        repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long)
-    )
-    predictions: Tensor = field(
-        repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long)
-    )
+    labels: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long))
+    predictions: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     @property
     def top1_err(self) -> float:
@@ -158,9 +154,7 @@ class _Counts:
     def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> None:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise UnsupportedModelError(
-                f"the model is no classifier: its output has {found}, not (images, classes)"
-            )
+            raise UnsupportedModelError(f"the model is no classifier: its output has {found}, not (images, classes)")
         classes = logits.shape[1]
         if int(labels.max()) >= classes or int(labels.min()) < 0:
             raise DataError(
@@ -225,9 +219,7 @@ def compare(
     """
     models = {"dense": dense, **(lean if isinstance(lean, Mapping) else {"lean": lean})}
     if lean is dense or len(models) < 2:
-        raise ConfigError(
-            "nothing to compare with: give the dense model, then lean ones, none of them named 'dense'"
-        )
+        raise ConfigError("nothing to compare with: give the dense model, then lean ones, none of them named 'dense'")
     models = {name: deployed_form(model) for name, model in models.items()}
     results = {
         name: evaluate(

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.layers import Attention
@@ -33,8 +33,8 @@ class Tokens:
         prefix: P.
         grid: Height and width of the patch grid the images came with.
         reduced: Whether tokens were removed or merged: the M tokens are no longer all ``h·w`` patches in order.
-        source: ``(B, M, h·w)``, the share of each patch of the grid in each token; rows sum to one. Kept only on request
-            (`track`) and once tokens were reduced: inference has no use for it.
+        source: ``(B, M, h·w)``, the share of each patch of the grid in each token; rows sum to one. Kept only on
+            request (`track`) and once tokens were reduced: inference has no use for it.
         track: Whether methods that reduce tokens shall keep `source`.
     """
 
@@ -73,7 +73,8 @@ class Tokens:
     def expand(self) -> Tensor:
         """Put the tokens back on the full grid: ``(B, P + M, C)`` → ``(B, P + h·w, C)``.
 
-        Each patch becomes the mean of the tokens it went into, weighted by its share in them (METHODS: GLAD, dense prediction).
+        Each patch becomes the mean of the tokens it went into, weighted by its share in them (METHODS: GLAD, dense
+            prediction).
         """
         if not self.reduced:
             return self.x
@@ -134,8 +135,8 @@ class LeanBlocks(nn.Sequential):
     def step(self, block: nn.Module, tokens: Tokens) -> Tokens:
         """Pass tokens through one block, its activations recomputed in the backward pass if so asked."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(tokens)  # type: ignore[no-any-return]
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self.tokens(x)).x
@@ -143,8 +144,8 @@ class LeanBlocks(nn.Sequential):
     def steps(self) -> list[Callable[[Tensor], Tensor]]:
         """One callable per block, for a caller that walks the blocks by itself and wants every map on the full grid.
 
-        timm's `forward_intermediates` does. What is passed between the blocks stays `Tokens`, held by this walk and not by
-        the modules, so two walks at a time do not meet.
+        timm's `forward_intermediates` does. What is passed between the blocks stays `Tokens`, held by this walk and
+        not by the modules, so two walks at a time do not meet.
         """
         state: list[Tokens] = []
 
@@ -163,7 +164,8 @@ class LeanBlocks(nn.Sequential):
         from .methods.base import grid_positions
 
         positions = grid_positions(grid)
-        for block in self:
+        blocks: list[Any] = list(self)
+        for block in blocks:
             for module in block.lean_modules():
                 positions = module.resize(self.grid, grid, positions)
         self.grid = grid
@@ -195,7 +197,7 @@ class LeanModel:
     """What a lean model does differently from the timm model it is made of; everything else is timm's own code."""
 
     lean: LeanInfo
-    blocks: LeanBlocks
+    blocks: Any
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The tokens that are left after the last block, normalised: ``(B, P + M, C)``."""
@@ -219,7 +221,7 @@ class LeanModel:
         return replace(last[0], x=normed)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's `forward_intermediates`: maps on the full grid, removed or aggregated tokens put back in their places."""
+        """timm's own, with maps on the full grid: removed or aggregated tokens put back in their places."""
         _refuse_mask(kwargs.get("attn_mask"), kwargs.get("is_causal", False))
         walk = _with_blocks(self, self.blocks.steps())
         return super(LeanModel, walk).forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
@@ -266,8 +268,8 @@ def slim(model: nn.Module, *methods: Method, images: ImageSource | None = None) 
     Args:
         model: A timm `VisionTransformer` with plain blocks; it is left as it is.
         methods: What to apply; none gives exactly the dense outputs.
-        images: Unlabelled images (a path, a data set, a loader or a tensor ``(B, 3, H, W)``), for parameters that are chosen by
-            measurement, such as ``DGSSA(layers="auto:4")``.
+        images: Unlabelled images (a path, a data set, a loader or a tensor ``(B, 3, H, W)``), for parameters that are
+            chosen by measurement, such as ``DGSSA(layers="auto:4")``.
 
     Raises:
         UnsupportedModelError: The model or one of its blocks is of a kind that is not known, by name.
@@ -285,7 +287,7 @@ def build(
 
     check_supported(model)
     methods = Plan(model, images).resolve(methods)
-    lean = copy.deepcopy(model)
+    lean: Any = copy.deepcopy(model)
     lean.__class__ = _LEAN_CLASSES[type(model)]  # keeps all of timm's attributes, also those of releases to come
     lean.lean = LeanInfo(methods, digests=digests(model.state_dict()))
     lean.blocks = _lean_blocks(lean)
@@ -294,7 +296,7 @@ def build(
     check_order(lean)
     if lean.grad_checkpointing:
         lean.set_grad_checkpointing(True)
-    return deploy(lean) if deployed else lean  # type: ignore[return-value]
+    return deploy(lean) if deployed else lean
 
 
 def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
@@ -310,9 +312,9 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
     from .fast import speed_up
 
     info = _lean_info(model, DeployError)
-    fast = copy.deepcopy(model).eval()
+    fast: Any = copy.deepcopy(model).eval()
     if info.deployed:
-        return fast  # type: ignore[return-value]
+        return fast
     for index, block in enumerate(fast.blocks):
         for module in block.lean_modules():
             reason = module.not_ready()
@@ -326,7 +328,7 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
                 setattr(block, name, module.deployed())
         speed_up(block)
     fast.lean = replace(info, deployed=True)
-    return fast.requires_grad_(False)  # type: ignore[return-value]
+    return fast.requires_grad_(False)
 
 
 def restore(model: nn.Module) -> VisionTransformer:
@@ -338,7 +340,7 @@ def restore(model: nn.Module) -> VisionTransformer:
     info = _lean_info(model, RestoreError)
     if info.deployed:
         raise RestoreError("a deployed model has dropped dense weights; restore the lean model it was deployed from")
-    dense = copy.deepcopy(model)
+    dense: Any = copy.deepcopy(model)
     for block in dense.blocks:
         for module in (block.attn, block.mlp):
             if hasattr(module, "original"):
@@ -347,16 +349,16 @@ def restore(model: nn.Module) -> VisionTransformer:
         block.__class__ = Block
     dense.blocks = nn.Sequential(*dense.blocks.children())
     dense.__class__ = _DENSE_CLASSES[type(model)]
-    dense.grad_checkpointing = model.blocks.grad_checkpointing  # type: ignore[union-attr]
+    dense.grad_checkpointing = cast(LeanModel, model).blocks.grad_checkpointing
     del dense.lean
     now = digests(dense.state_dict())
     for key, digest in info.digests.items():
         if now.get(key) != digest:
             raise RestoreError(f"{key} was {'changed' if key in now else 'removed'} since the model was slimmed")
-    return dense  # type: ignore[no-any-return]
+    return dense
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: Any) -> None:
     """Refuse by name a model, block or attention whose forward pass leanvit does not know."""
     if isinstance(model, LeanModel):
         raise UnsupportedModelError("the model is lean already; give slim() all methods at once, on the dense model")
@@ -365,9 +367,11 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} is not supported; timm's {known} are")
     if not isinstance(model.patch_drop, nn.Identity):
         raise UnsupportedModelError("patch dropout is not supported: methods need every patch; use patch_drop_rate=0")
-    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
+    for index, block in enumerate(model.blocks):
         if type(block) is not Block:
-            raise UnsupportedModelError(f"block {index} is a {type(block).__name__}; only timm's plain Block is supported")
+            raise UnsupportedModelError(
+                f"block {index} is a {type(block).__name__}; only timm's plain Block is supported"
+            )
         if type(block.attn) is not Attention:
             name = type(block.attn).__name__
             raise UnsupportedModelError(f"block {index} uses {name}; only timm's plain Attention is supported")
@@ -380,7 +384,8 @@ def check_order(lean: LeanVisionTransformer) -> None:
         for module in block.lean_modules():
             if module.needs_all_tokens and reduced_by:
                 raise MethodError(
-                    f"{module.method}: block {index} needs every token at its place, but {reduced_by}; use blocks before that"
+                    f"{module.method}: block {index} needs every token at its place, but {reduced_by}; use "
+                    f"blocks before that"
                 )
             if module.reduces_tokens and not reduced_by:
                 reduced_by = f"{module.method} reduces the tokens before block {index}"
@@ -391,7 +396,7 @@ def digests(state: dict[str, Tensor]) -> dict[str, str]:
 
     def digest(tensor: Tensor) -> str:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return hashlib.blake2b(data, digest_size=8).hexdigest()
+        return hashlib.blake2b(data.data, digest_size=8).hexdigest()
 
     return {key: digest(tensor) for key, tensor in state.items()}
 
@@ -422,4 +427,6 @@ def _with_blocks(model: Any, blocks: Any) -> Any:
 
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise InputSizeError("a lean model takes no attention mask: static attention and reduced tokens have no place for one")
+        raise InputSizeError(
+            "a lean model takes no attention mask: static attention and reduced tokens have no place for one"
+        )

@@ -32,9 +32,7 @@ class Teacher:
             _check_tokens_match(model, student)
         classes = getattr(model, "num_classes", None), getattr(student, "num_classes", None)
         if None not in classes and classes[0] != classes[1]:
-            raise ConfigError(
-                f"the teacher has {classes[0]} classes, the student {classes[1]}; they must be the same"
-            )
+            raise ConfigError(f"the teacher has {classes[0]} classes, the student {classes[1]}; they must be the same")
         self.model = model.eval()
         self.tokens = tokens
         self.renormalise = _renormalisation(data_config(student), data_config(model))
@@ -132,13 +130,9 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 def _check_tokens_match(teacher: nn.Module, student: nn.Module) -> None:
     hint = "; use token_weight=0 to learn from its logits alone"
     if not isinstance(student, LeanModel):
-        raise ConfigError(
-            "only a lean student gives tokens to compare with the teacher's: slim() makes one" + hint
-        )
+        raise ConfigError("only a lean student gives tokens to compare with the teacher's: slim() makes one" + hint)
     if not isinstance(teacher, VisionTransformer) or isinstance(teacher, LeanModel):
-        raise ConfigError(
-            f"the teacher, a {type(teacher).__name__}, has no dense tokens to compare with" + hint
-        )
+        raise ConfigError(f"the teacher, a {type(teacher).__name__}, has no dense tokens to compare with" + hint)
     for what, of in {
         "width": lambda model: model.embed_dim,
         "patch grid": lambda model: tuple(model.patch_embed.grid_size),

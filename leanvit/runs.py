@@ -140,9 +140,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{path} cannot be resumed from, remove it to use the one before: {reason}"
-        ) from error
+        raise CheckpointError(f"{path} cannot be resumed from, remove it to use the one before: {reason}") from error
 
 
 @contextmanager

@@ -136,9 +136,7 @@ def read_shapes(file: PathLike) -> dict[str, Shape]:
             b"\x80\x04",
             b"\x80\x05",
         ):  # torch.save, and bare pickles
-            raise CheckpointError(
-                f"{file} is a pickled checkpoint, which can run code; convert it to safetensors"
-            )
+            raise CheckpointError(f"{file} is a pickled checkpoint, which can run code; convert it to safetensors")
         with safe_open(file, framework="pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -201,9 +199,7 @@ def resolve_model(
     else:
         _check_timm_name(name, img_size)
         classes = _head_classes(checkpoint) if checkpoint is not None else None
-        model = _create(
-            name, pretrained and checkpoint is None, num_classes=classes or num_classes, img_size=img_size
-        )
+        model = _create(name, pretrained and checkpoint is None, num_classes=classes or num_classes, img_size=img_size)
     if img_size is not None:
         _check_img_size(model, img_size)
         size = _both(img_size)
@@ -319,9 +315,7 @@ def _check_describable(model: VisionTransformer) -> None:
     """Make sure that the arguments to be saved give the dense model again; it is built without memory."""
     architecture = (getattr(_plain(model), "pretrained_cfg", None) or {}).get("architecture")
     if not architecture:
-        raise CheckpointError(
-            "only a model that timm.create_model made can be described by a config and saved"
-        )
+        raise CheckpointError("only a model that timm.create_model made can be described by a config and saved")
     with torch.device("meta"):
         again = timm.create_model(architecture, **_model_args(model)).state_dict()
     own = model.state_dict()
@@ -368,9 +362,7 @@ def _check_lean_config(block: Any, file: Path) -> None:
     if not isinstance(version, int):
         raise CheckpointError(f"{file}: its leanvit part has no version")
     if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has version {version}, this leanvit reads up to {FORMAT_VERSION}; upgrade it"
-        )
+        raise CheckpointError(f"{file} has version {version}, this leanvit reads up to {FORMAT_VERSION}; upgrade it")
     expected = {"methods": list, "deployed": bool, "digests": dict} if "methods" in block else {}
     for key, kind in expected.items():
         if not isinstance(block.get(key), kind):
@@ -473,11 +465,7 @@ def _check_timm_name(name: str, img_size: int | tuple[int, int] | None) -> None:
     """Refuse what timm does not have or leanvit cannot use, before anything is downloaded."""
     if "/" in name or not timm.is_model(name):
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = (
-            f"did you mean {', '.join(close)}?"
-            if close
-            else "give a timm name, a folder or hf-hub:OWNER/NAME"
-        )
+        hint = f"did you mean {', '.join(close)}?" if close else "give a timm name, a folder or hf-hub:OWNER/NAME"
         raise ConfigError(f"there is no model {name!r}; {hint}")
     try:
         with torch.device("meta"):
@@ -510,8 +498,7 @@ def _check_img_size(model: VisionTransformer, img_size: int | tuple[int, int]) -
         if pixels < patch or pixels % patch:
             below = max(pixels // patch, 1) * patch
             raise InputSizeError(
-                f"image size {pixels} is no multiple of the patch size {patch}; "
-                f"{below} and {below + patch} are"
+                f"image size {pixels} is no multiple of the patch size {patch}; {below} and {below + patch} are"
             )
 
 

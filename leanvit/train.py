@@ -126,9 +126,7 @@ class _Training:
         progress: bool,
     ) -> None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError(
-                "the model has no weights to train; of a deployed model, train the lean one it came from"
-            )
+            raise ConfigError("the model has no weights to train; of a deployed model, train the lean one it came from")
         self.model, self.config = model, config
         self.train_data, self.val_data = _open_both(data, val_data, model, config)
         self.accelerator = _accelerator(config, output, lean=isinstance(model, LeanModel))
@@ -320,9 +318,7 @@ class _Training:
 
     def _remember_best(self) -> None:
         if self.best is self.history[-1]:
-            self.best_weights = {
-                key: value.detach().cpu().clone() for key, value in self.kept.state_dict().items()
-            }
+            self.best_weights = {key: value.detach().cpu().clone() for key, value in self.kept.state_dict().items()}
 
     def _resume(self, folder: RunFolder) -> None:
         """Load the newest checkpoint, if any, and publish it, which a killed run may not have come to."""
@@ -390,20 +386,14 @@ def _open_both(
         if val_data is None:
             held_out = _held_out(os.fspath(data), training, model, config)
     elif augment:
-        raise ConfigError(
-            f"{', '.join(augment)}: a data set brings its own augmentation; leave it out or give a path"
-        )
+        raise ConfigError(f"{', '.join(augment)}: a data set brings its own augmentation; leave it out or give a path")
     else:
         training = data
     if val_data is not None:
-        held_out = (
-            val_data if isinstance(val_data, Dataset) else open_data(val_data, model, split=config.val_split)
-        )
+        held_out = val_data if isinstance(val_data, Dataset) else open_data(val_data, model, split=config.val_split)
     for dataset in filter(None, (training, held_out)):
         if not hasattr(dataset, "__len__") or not len(dataset):
-            raise ConfigError(
-                f"{type(dataset).__name__} is empty or has no length; training must know how long it is"
-            )
+            raise ConfigError(f"{type(dataset).__name__} is empty or has no length; training must know how long it is")
     return training, held_out
 
 
@@ -430,8 +420,7 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
             groups[scale, 0.0 if bare else config.weight_decay].append(parameter)
     # timm's schedules multiply a group's learning rate by its lr_scale.
     named = [
-        {"params": members, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), members in groups.items()
+        {"params": members, "lr_scale": scale, "weight_decay": decay} for (scale, decay), members in groups.items()
     ]
     return create_optimizer_v2(model, config.opt, lr=config.lr, param_group_fn=lambda _: named)
 
@@ -483,9 +472,7 @@ def _describe(thing: Any) -> str | None:
 def _plain(config: TrainConfig) -> dict[str, int | float | str]:
     """The settings as every tracker takes them."""
     values = dataclasses.asdict(config)
-    return {
-        name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()
-    }
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
 
 
 def _set_progress(model: nn.Module, progress: float) -> None:

@@ -102,9 +102,7 @@ class TrainConfig:
         self._check("amp", self.amp in ("", "bf16", "fp16"), "'bf16', 'fp16' or empty")
         self._check("sched", self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         known = [str(name) for name in list_optimizers()]
-        self._check(
-            "opt", self.opt in known, f"an optimiser of timm, the nearest {_nearest(self.opt, known)}"
-        )
+        self._check("opt", self.opt in known, f"an optimiser of timm, the nearest {_nearest(self.opt, known)}")
         mixes = self.mixup > 0 or self.cutmix > 0
         self._check(
             "batch_size",

@@ -1,8 +1,9 @@
 """Warm start: bring a lean model close to its dense one, block by block, without labels, in minutes.
 
-Each block is first set in closed form (means, pooling) and then regressed: given the lean model's own input, all of it trains
-towards the dense block's output on the same images. Known from post-training quantisation as block-wise reconstruction (Li et
-al., BRECQ, arXiv 2102.05426).
+Each block is first set in closed form (means, pooling) and then regressed: given the lean model's own input, all of
+    it trains
+towards the dense block's output on the same images. Known from post-training quantisation as block-wise
+reconstruction (Li et al., BRECQ, arXiv 2102.05426).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -81,7 +83,9 @@ def warm_start(
     """
     check_pair(lean, vit)
     if steps < 0 or batch_size < 1:
-        raise ConfigError(f"warm start needs steps >= 0 and batch_size >= 1, got steps={steps}, batch_size={batch_size}")
+        raise ConfigError(
+            f"warm start needs steps >= 0 and batch_size >= 1, got steps={steps}, batch_size={batch_size}"
+        )
     was_training = lean.training, vit.training
     lean.eval(), vit.eval()
     features = _embed(lean, vit, images, batch_size, limit)
@@ -89,7 +93,8 @@ def warm_start(
     fits = []
     with _progress_bar(not progress) as bar:
         task = bar.add_task("warm start", total=len(lean.blocks), note="")
-        for index, (block, dense) in enumerate(zip(lean.blocks, vit.blocks, strict=True)):
+        pairs: Iterator[tuple[Any, Any]] = zip(lean.blocks, vit.blocks, strict=True)
+        for index, (block, dense) in enumerate(pairs):
             for module in block.lean_modules():
                 module.start(dense, features.dense_inputs())
             if not features.changed and not block.lean_modules():
@@ -138,7 +143,7 @@ class _Features:
         self.lean = [replace(tokens, x=x) for tokens, x in zip(self.lean, self.dense, strict=True)]
 
     def pairs(self) -> tuple[list[tuple[Tokens, Tensor]], list[tuple[Tokens, Tensor]]]:
-        """Lean input and dense output, batch by batch: those to fit and those held out (the same where there is one batch)."""
+        """Lean input and dense output by batch: those to fit and those held out (the same where there is one)."""
         pairs = list(zip(self.lean, self.dense, strict=True))
         held_out = pairs[HELD_OUT - 1 :: HELD_OUT] or pairs[-1:]
         fit = [pair for index, pair in enumerate(pairs) if index % HELD_OUT != HELD_OUT - 1]
@@ -146,7 +151,9 @@ class _Features:
 
 
 @torch.no_grad()
-def _embed(lean: LeanVisionTransformer, vit: VisionTransformer, images: ImageSource, batch_size: int, limit: int) -> _Features:
+def _embed(
+    lean: LeanVisionTransformer, vit: VisionTransformer, images: ImageSource, batch_size: int, limit: int
+) -> _Features:
     from .data import image_batches
     from .model import _with_blocks
 
@@ -160,8 +167,6 @@ def _embed(lean: LeanVisionTransformer, vit: VisionTransformer, images: ImageSou
     embed._modules["norm"] = nn.Identity()
     for batch in image_batches(images, vit, batch_size, limit):
         embed.forward_features(batch)
-    if not batches:
-        raise ConfigError("warm start needs at least one image and got none")
     return _Features(batches)
 
 
@@ -218,7 +223,9 @@ class _Error:
         difference = (tokens.x - tokens.reduce(dense)).square()
         parts = (difference[:, : self.prefix], difference[:, self.prefix :])
         terms = [
-            weight * part.mean() / scale for part, weight, scale in zip(parts, self.weights, self.scales, strict=True) if weight
+            weight * part.mean() / scale
+            for part, weight, scale in zip(parts, self.weights, self.scales, strict=True)
+            if weight
         ]
         return torch.stack(terms).sum()
 
@@ -227,18 +234,24 @@ class _Error:
         return float(torch.stack([self(block(tokens), dense) for tokens, dense in pairs]).mean())
 
 
-def check_pair(lean: nn.Module, vit: nn.Module) -> None:
+def check_pair(lean: Any, vit: Any) -> None:
     """Refuse a lean model and a dense one that do not belong together."""
     if not isinstance(lean, LeanModel):
         raise UnsupportedModelError(f"{type(lean).__name__} is not a lean model; slim() makes one")
     if lean.lean.deployed:
         raise ConfigError("a deployed model cannot be warm-started or trained; do it before deploy()")
     mine = (len(lean.blocks), lean.embed_dim, lean.blocks.grid)  # type: ignore[attr-defined]
-    theirs = (len(vit.blocks), vit.embed_dim, vit.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+    theirs = (len(vit.blocks), vit.embed_dim, vit.patch_embed.grid_size)
     if mine != theirs:
         raise ConfigError(f"the lean and the dense model differ in blocks, width or patch grid: {mine} and {theirs}")
 
 
 def _progress_bar(disable: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, disable=disable, transient=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, disable=disable, transient=True, console=Console(stderr=True))

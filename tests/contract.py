@@ -1,4 +1,5 @@
-"""The cases that every method goes through: a table of what to apply to which model. A new method adds its lines here."""
+"""The cases that every method goes through: a table of what to apply to which model. A new method adds its lines
+here."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ METHODS = ["dgssa:layers=0,2", "glad:at=1,2", "glad:at=2,keep=0.3", "dgssa:layer
 def small_vit(**changes: Any) -> VisionTransformer:
     """A ViT of four blocks, its weights drawn large enough that attention is not flat and biases are not zero."""
     torch.manual_seed(0)
-    arguments = dict(img_size=SIZE, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10) | changes
-    model = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    usual: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **(usual | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -47,9 +47,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved ViT of three classes and six blocks that computes next to nothing."""
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 6, "num_heads": 3, "num_classes": 3}
-    return save(
-        timm.create_model("vit_tiny_patch16_224", **sizes), tmp_path_factory.mktemp("models") / "dense"
-    )
+    return save(timm.create_model("vit_tiny_patch16_224", **sizes), tmp_path_factory.mktemp("models") / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +149,7 @@ def test_bench_of_a_lean_model_has_its_dense_twin_beside_it(lean: Path, tmp_path
     assert lean_row["infer_gmacs"] < dense_row["infer_gmacs"]
 
 
-def test_compare_puts_accuracy_and_speed_in_one_table(
-    dense: Path, lean: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_compare_puts_accuracy_and_speed_in_one_table(dense: Path, lean: Path, photos: Path, tmp_path: Path) -> None:
     table = tmp_path / "both.csv"
     succeed("compare", dense, lean, "--data-dir", photos, *QUICK, "--results-file", table)
     rows = read_csv(table)
@@ -210,9 +206,7 @@ def test_train_takes_the_number_of_classes_from_the_data(photos: Path, tmp_path:
     assert read_csv(tmp_path / "run" / "results.csv")[0]["top1"] is not None
 
 
-def test_config_file_gives_defaults_and_the_command_line_wins(
-    dense: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_config_file_gives_defaults_and_the_command_line_wins(dense: Path, photos: Path, tmp_path: Path) -> None:
     settings = {
         "epochs": 1,
         "batch-size": 4,
@@ -223,9 +217,7 @@ def test_config_file_gives_defaults_and_the_command_line_wins(
         "warm-start-steps": 0,
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
-    succeed(
-        "slim", dense, "-c", tmp_path / "c.yaml", "--method", "glad", "--data-dir", photos, "--lr", "2e-5"
-    )
+    succeed("slim", dense, "-c", tmp_path / "c.yaml", "--method", "glad", "--data-dir", photos, "--lr", "2e-5")
     used = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
     assert (used["lr"], used["batch_size"], used["scale"], used["model_ema"]) == (2e-5, 4, [0.5, 1.0], True)
 
@@ -262,9 +254,7 @@ def test_usage_errors_are_one_line(dense: Path) -> None:
         (("--method", "glad", "--train-split", "nowhere"), "nowhere"),
     ],
 )
-def test_slim_refuses(
-    dense: Path, photos: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str
-) -> None:
+def test_slim_refuses(dense: Path, photos: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
     folder = tmp_path / "run"
     quick = ("--warm-start-steps", "0", "--output", folder)
     assert expected in refuse("slim", dense, "--data-dir", photos, *quick, *arguments)
@@ -291,9 +281,7 @@ def test_weights_that_do_not_fit_are_refused(dense: Path, photos: Path, tmp_path
     assert "192" in message and "12" in message
 
 
-def test_files_that_cannot_be_written_are_refused_before_the_work(
-    dense: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_files_that_cannot_be_written_are_refused_before_the_work(dense: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for option in ("--json", "--results-file"):
         assert "a folder" in refuse("eval", dense, "--data-dir", photos, option, tmp_path)

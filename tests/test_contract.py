@@ -111,7 +111,7 @@ def test_restore_refuses_changed_weights(case):
     lean = leanvit.slim(vit, *case.methods())
     with torch.no_grad():
         lean.blocks[1].mlp.fc1.weight.add_(1)
-    with pytest.raises(leanvit.RestoreError, match="blocks.1.mlp.fc1.weight was changed"):
+    with pytest.raises(leanvit.RestoreError, match=r"blocks\.1\.mlp\.fc1\.weight was changed"):
         leanvit.restore(lean)
     with pytest.raises(leanvit.RestoreError, match="deployed"):
         leanvit.restore(leanvit.deploy(leanvit.slim(vit, *case.methods())))

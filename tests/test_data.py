@@ -254,9 +254,7 @@ class TestDigits:
         index = dataset.reader.indices[5]
         digits = load_digits()
         assert label == digits.target[index]
-        torch.testing.assert_close(
-            image, torch.tensor(digits.images[index] / 8 - 1)[None].float(), atol=0.005, rtol=0
-        )
+        torch.testing.assert_close(image, torch.tensor(digits.images[index] / 8 - 1)[None].float(), atol=0.005, rtol=0)
 
     @pytest.mark.parametrize("channels", [1, 3])
     def test_channels_and_size_of_the_model(self, channels) -> None:
@@ -287,9 +285,7 @@ class TestShards:
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
 
-    @pytest.mark.parametrize(
-        "pattern", ["", "/train-{0000..0001}.tar", "/train-*.tar", "/train-000{0..1}.tar"]
-    )
+    @pytest.mark.parametrize("pattern", ["", "/train-{0000..0001}.tar", "/train-*.tar", "/train-000{0..1}.tar"])
     def test_patterns(self, shards, pattern, tiny_vit) -> None:
         dataset = open_data(f"wds/{shards}{pattern}", tiny_vit)
         assert [label for _, label in dataset] == [0, 1, 2, 3, 4, 5]
@@ -344,9 +340,7 @@ class TestHuggingFace:
         class Stored(list):
             label = types.SimpleNamespace(names=["cat", "dog"], str2int=["cat", "dog"].index)
             sizes = types.SimpleNamespace(num_examples=2)
-            info = types.SimpleNamespace(
-                features={"label": label}, splits={"train": sizes, "validation": sizes}
-            )
+            info = types.SimpleNamespace(features={"label": label}, splits={"train": sizes, "validation": sizes})
 
             def cast_column(self, *_):
                 return self
@@ -354,9 +348,7 @@ class TestHuggingFace:
         def load_dataset(name, split, **_):
             if name == "nobody/nothing":
                 raise FileNotFoundError("Dataset 'nobody/nothing' doesn't exist")
-            return Stored(
-                {"image": {"bytes": encoded(index), "path": None}, "label": index} for index in range(2)
-            )
+            return Stored({"image": {"bytes": encoded(index), "path": None}, "label": index} for index in range(2))
 
         module = types.ModuleType("datasets")
         module.load_dataset, module.Image = load_dataset, lambda decode: None
@@ -395,9 +387,7 @@ class TestDamage:
     def test_nothing_to_report(self, make_folder) -> None:
         assert report_damage(open_data(make_folder())) == report_damage(TensorDataset(torch.zeros(1))) == ""
 
-    @pytest.mark.parametrize(
-        "content", [b"", b"not an image", encoded(0)[:200], b"\x89PNG\r\n\x1a\n" + bytes(50)]
-    )
+    @pytest.mark.parametrize("content", [b"", b"not an image", encoded(0)[:200], b"\x89PNG\r\n\x1a\n" + bytes(50)])
     def test_kinds_of_damage(self, make_folder, content) -> None:
         folder = make_folder()
         (folder / "class0" / "0.jpg").write_bytes(content)
@@ -430,9 +420,7 @@ class TestDamage:
         folder = make_folder()
         truncate(folder / "class2" / "1.jpg")
         truncate(folder / "class3" / "0.jpg")
-        match = (
-            r"^2 of the 20 images in .* are damaged, over 1%; the last is class3/0\.jpg: OSError: .*truncated"
-        )
+        match = r"^2 of the 20 images in .* are damaged, over 1%; the last is class3/0\.jpg: OSError: .*truncated"
         with pytest.raises(DataError, match=match) as caught:
             list(loader(open_data(folder, tiny_vit), 4, workers=workers))
         assert "\n" not in str(caught.value)
@@ -513,9 +501,9 @@ class TestImageBatches:
         for source in (images, TensorDataset(images)):
             taken = torch.cat(list(image_batches(source, tiny_vit, 2, limit=5))).flatten().tolist()
             assert taken == [0, 4, 8, 12, 16]
-        assert torch.cat(
-            list(image_batches(DataLoader(images, 4), tiny_vit, 2, limit=6))
-        ).flatten().tolist() == [*range(6)]
+        assert torch.cat(list(image_batches(DataLoader(images, 4), tiny_vit, 2, limit=6))).flatten().tolist() == [
+            *range(6)
+        ]
         assert sum(map(len, image_batches(images, tiny_vit, 8, limit=99))) == 20
 
     def test_no_labels_needed(self, tmp_path, tiny_vit) -> None:
@@ -570,9 +558,7 @@ class TestRealPhotos:
         assert sorted(dataset.relabel.values()) == list(range(0, 1000, 2))
 
     def test_imagenette_with_ten_and_a_thousand_classes(self, shared_data, deit, tiny_vit) -> None:
-        ten, thousand = (
-            open_data(shared_data, model, split="imagenette-val.tar") for model in (tiny_vit, deit)
-        )
+        ten, thousand = (open_data(shared_data, model, split="imagenette-val.tar") for model in (tiny_vit, deit))
         places = [0, 100, 500, 985]
         assert len(ten) == len(thousand) == 986
         assert ten[0][1] == 0 and ten[985][1] == 9

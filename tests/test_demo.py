@@ -44,9 +44,7 @@ def test_demo_writes_and_prints_its_results(
     speed = [row for row in rows if row["data"] == "random"]
     names = ["dense", *demo.default_recipes()]
     assert [row["model"] for row in digits] == names
-    assert {row["model"] for row in speed} == set(names) and not any(
-        "top1" in row and row["top1"] for row in speed
-    )
+    assert {row["model"] for row in speed} == set(names) and not any("top1" in row and row["top1"] for row in speed)
     assert all(row["infer_gmacs"] < digits[0]["infer_gmacs"] for row in digits[1:])
     written = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert written["rows"] and written["environment"]["processor"]

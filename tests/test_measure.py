@@ -31,9 +31,7 @@ def vit(**changes):
     return timm.create_model("vit_tiny_patch16_224", **{**options, **changes}).eval()
 
 
-def dense_macs(
-    *, img_size=32, patch_size=8, embed_dim=48, depth=4, num_classes=10, prefix=1, channels=3
-) -> int:
+def dense_macs(*, img_size=32, patch_size=8, embed_dim=48, depth=4, num_classes=10, prefix=1, channels=3) -> int:
     """METHODS.md's formula, block by block, with patch embedding and head."""
     patches, width = (img_size // patch_size) ** 2, embed_dim
     tokens = patches + prefix
@@ -106,9 +104,7 @@ def test_layers_and_kinds_add_up(tiny_vit):
     ]
     for parts in (cost.by_layer.values(), cost.by_kind.values()):
         assert sum(part.macs for part in parts) == pytest.approx(cost.macs)
-        assert (
-            sum(part.params for part in parts) == cost.params == sum(p.numel() for p in tiny_vit.parameters())
-        )
+        assert sum(part.params for part in parts) == cost.params == sum(p.numel() for p in tiny_vit.parameters())
     assert cost.by_layer["(model)"].params == tiny_vit.cls_token.numel() + tiny_vit.pos_embed.numel()
     assert cost.by_kind["convolution"].macs == cost.by_layer["patch_embed"].macs
     assert sum(row["gmacs"] for row in cost.rows()) == pytest.approx(cost.macs / 1e9)
@@ -197,9 +193,7 @@ def test_a_lean_model_is_deployed_before_it_is_counted_and_timed(tiny_vit, lean)
     assert not lean.lean.deployed
     assert count(lean).by_layer == count(fast).by_layer
     assert count(lean).macs < dense_macs()
-    rows = bench(
-        (tiny_vit, lean), batch_sizes=(2,), precisions=("fp32",), threads=1, iterations=2, progress=False
-    )
+    rows = bench((tiny_vit, lean), batch_sizes=(2,), precisions=("fp32",), threads=1, iterations=2, progress=False)
     assert rows[1]["method"] == str(lean.lean)
     assert rows[1]["infer_gmacs"] < rows[0]["infer_gmacs"]
     assert rows[1]["realised_share"] is not None
@@ -220,17 +214,12 @@ def test_bench_rows_agree_with_each_other(tiny_vit):
         progress=False,
     )
     assert [(row["precision"], row["infer_batch_size"], row["model"]) for row in rows] == [
-        (precision, size, name)
-        for precision in ("fp32", "bf16")
-        for size in (1, 4)
-        for name in ("dense", "small")
+        (precision, size, name) for precision in ("fp32", "bf16") for size in (1, 4) for name in ("dense", "small")
     ]
     for dense, lean in zip(rows[::2], rows[1::2], strict=True):
         assert dense["speedup"] == 1
         assert dense["realised_share"] is None
-        assert lean["speedup"] == pytest.approx(
-            lean["infer_samples_per_sec"] / dense["infer_samples_per_sec"]
-        )
+        assert lean["speedup"] == pytest.approx(lean["infer_samples_per_sec"] / dense["infer_samples_per_sec"])
         assert lean["realised_share"] == pytest.approx(
             (1 - 1 / lean["speedup"]) / (1 - lean["infer_gmacs"] / dense["infer_gmacs"])
         )
@@ -238,9 +227,7 @@ def test_bench_rows_agree_with_each_other(tiny_vit):
         for row in (dense, lean):
             assert row["latency_p50"] <= row["latency_p90"] <= row["latency_p99"]
             assert row["infer_step_time"] == row["latency_p50"]
-            assert row["infer_samples_per_sec"] * row["infer_step_time"] == pytest.approx(
-                1e3 * row["infer_batch_size"]
-            )
+            assert row["infer_samples_per_sec"] * row["infer_step_time"] == pytest.approx(1e3 * row["infer_batch_size"])
             assert row["iterations"] == 3
             assert set(row) <= set(COLUMNS)
     assert next(tiny_vit.parameters()).dtype == torch.float32  # what was given stays as it was
@@ -291,9 +278,7 @@ def test_bench_refuses(tiny_vit, arguments, error, message):
         bench({"dense": tiny_vit}, progress=False, **arguments)
 
 
-@pytest.mark.parametrize(
-    ("models", "message"), [({}, "no model to time"), ([1, 2, 3], "3 models without names")]
-)
+@pytest.mark.parametrize(("models", "message"), [({}, "no model to time"), ([1, 2, 3], "3 models without names")])
 def test_bench_refuses_models(models, message):
     with pytest.raises(errors.ConfigError, match=message):
         bench(models)
@@ -341,9 +326,7 @@ def test_evaluate_against_a_count_by_hand():
 def test_evaluate_agreement_with_a_teacher(tiny_vit):
     images = TensorDataset(torch.randn(9, 3, 32, 32), torch.arange(9))
     other = vit(depth=1)
-    expected = (
-        100 * (tiny_vit(images.tensors[0]).argmax(1) == other(images.tensors[0]).argmax(1)).float().mean()
-    )
+    expected = 100 * (tiny_vit(images.tensors[0]).argmax(1) == other(images.tensors[0]).argmax(1)).float().mean()
     result = evaluate(tiny_vit, images, teacher=other, batch_size=4, progress=False)
     assert result.agreement == pytest.approx(expected.item())
     assert evaluate(tiny_vit, images, teacher=tiny_vit, progress=False).agreement == 100
@@ -409,9 +392,7 @@ def test_evaluate_refuses(model, labels, arguments, error, message):
 
 def test_evaluate_refuses_an_empty_data_set():
     with pytest.raises(errors.DataError, match="no images to evaluate on"):
-        evaluate(
-            Fixed(), TensorDataset(torch.empty(0, 1, 2, 3), torch.empty(0, dtype=torch.long)), progress=False
-        )
+        evaluate(Fixed(), TensorDataset(torch.empty(0, 1, 2, 3), torch.empty(0, dtype=torch.long)), progress=False)
 
 
 # ---- the table
@@ -419,9 +400,7 @@ def test_evaluate_refuses_an_empty_data_set():
 
 def test_compare_puts_it_all_in_one_table(tiny_vit, tmp_path):
     data = TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8))
-    table = compare(
-        tiny_vit, {"small": vit(depth=2)}, data, batch_sizes=(1,), threads=1, iterations=2, progress=False
-    )
+    table = compare(tiny_vit, {"small": vit(depth=2)}, data, batch_sizes=(1,), threads=1, iterations=2, progress=False)
     dense, small = table.rows
     assert small["top1_diff"] == small["top1"] - dense["top1"]
     assert small["teacher"] == "dense"
@@ -470,9 +449,7 @@ def test_read_csv_refuses(tmp_path, content, message):
 
 def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        errors.ConfigError, match=r"cannot write .*results\.csv: (Not a directory|File exists)"
-    ):
+    with pytest.raises(errors.ConfigError, match=r"cannot write .*results\.csv: (Not a directory|File exists)"):
         Table([{"model": "dense"}]).to_csv(tmp_path / "file" / "results.csv")
 
 

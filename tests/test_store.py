@@ -140,9 +140,7 @@ class TestRoundTrip:
     def test_card(self, saved_lean) -> None:
         card = (saved_lean / "README.md").read_text()
         assert "library_name: leanvit" in card and "license: apache-2.0" in card
-        assert (
-            "`vit_tiny_patch16_224` with `dgssa:layers=0,1+glad:at=2,3`: 10 classes, images of 32×32" in card
-        )
+        assert "`vit_tiny_patch16_224` with `dgssa:layers=0,1+glad:at=2,3`: 10 classes, images of 32×32" in card
 
 
 class TestSaving:
@@ -237,9 +235,7 @@ class TestSaving:
 
     def test_a_model_that_was_changed_by_hand(self, tiny_vit, tmp_path) -> None:
         tiny_vit.blocks[1].mlp.fc1 = torch.nn.Linear(48, 100)
-        with pytest.raises(
-            CheckpointError, match=r"cannot be described: .* gives another blocks\.1\.mlp\.fc1\.bias"
-        ):
+        with pytest.raises(CheckpointError, match=r"cannot be described: .* gives another blocks\.1\.mlp\.fc1\.bias"):
             save(tiny_vit, tmp_path / "x")
 
     def test_another_kind_of_model(self, tmp_path) -> None:
@@ -350,9 +346,7 @@ class TestCheckpoint:
         return tmp_path / "weights.safetensors"
 
     def other(self, **options: Any) -> VisionTransformer:
-        return timm.create_model(
-            ARCHITECTURE, **{"img_size": 32, "num_classes": 10, **SMALL, **options}
-        ).eval()
+        return timm.create_model(ARCHITECTURE, **{"img_size": 32, "num_classes": 10, **SMALL, **options}).eval()
 
     def test_file_and_folder(self, tiny_vit, file, saved, images) -> None:
         for path in (file, str(saved)):
@@ -412,9 +406,7 @@ class TestResolving:
 
     def test_checkpoint_of_another_architecture(self, shared_data) -> None:
         file = shared_data / "deit_tiny_patch16_224.safetensors"
-        with pytest.raises(
-            CheckpointError, match=r"cls_token is \(1, 1, 192\) in the file and \(1, 1, 384\)"
-        ):
+        with pytest.raises(CheckpointError, match=r"cls_token is \(1, 1, 192\) in the file and \(1, 1, 384\)"):
             resolve_model("deit_small_patch16_224", checkpoint=file)
 
     @pytest.mark.parametrize("prefix", ["", "local-dir:"])
@@ -433,42 +425,30 @@ class TestResolving:
 
     @pytest.mark.parametrize("size", [100, (96, 100), 8, -16])
     def test_size_that_the_patch_size_does_not_divide(self, size) -> None:
-        with pytest.raises(
-            InputSizeError, match=r"image size (100|8|-16) is no multiple of the patch size 16; \d+"
-        ):
+        with pytest.raises(InputSizeError, match=r"image size (100|8|-16) is no multiple of the patch size 16; \d+"):
             resolve_model("deit_tiny_patch16_224", img_size=size, pretrained=True)
 
     def test_folder_at_an_impossible_size(self, saved) -> None:
-        with pytest.raises(
-            InputSizeError, match="image size 44 is no multiple of the patch size 8; 40 and 48 are"
-        ):
+        with pytest.raises(InputSizeError, match="image size 44 is no multiple of the patch size 8; 40 and 48 are"):
             resolve_model(str(saved), img_size=44)
 
     def test_unknown_name(self) -> None:
-        with pytest.raises(
-            ConfigError, match=r"no model 'deit_tinny_patch16_224'; did you mean deit_tiny_patch16_224"
-        ):
+        with pytest.raises(ConfigError, match=r"no model 'deit_tinny_patch16_224'; did you mean deit_tiny_patch16_224"):
             resolve_model("deit_tinny_patch16_224")
         with pytest.raises(ConfigError, match="no model 'runs/none'; give a timm name, a folder or hf-hub"):
             resolve_model("runs/none")
 
     @pytest.mark.parametrize("prefix", ["", "local-dir:"])
     def test_folder_without_a_model(self, tmp_path, prefix) -> None:
-        with pytest.raises(
-            CheckpointError, match=r"holds no model: there is no config.json in it, nor in best/ or"
-        ):
+        with pytest.raises(CheckpointError, match=r"holds no model: there is no config.json in it, nor in best/ or"):
             resolve_model(f"{prefix}{tmp_path}")
 
     def test_another_kind_of_model(self) -> None:
-        with pytest.raises(
-            UnsupportedModelError, match="ResNet is not supported; timm's VisionTransformer is"
-        ):
+        with pytest.raises(UnsupportedModelError, match="ResNet is not supported; timm's VisionTransformer is"):
             resolve_model("resnet10t", pretrained=True)
 
     def test_unknown_weights(self) -> None:
-        with pytest.raises(
-            ConfigError, match=r"no model 'deit_tiny_patch16_224\.nobodys': Invalid pretrained tag"
-        ):
+        with pytest.raises(ConfigError, match=r"no model 'deit_tiny_patch16_224\.nobodys': Invalid pretrained tag"):
             resolve_model("deit_tiny_patch16_224.nobodys", pretrained=True)
 
     def test_weights_that_cannot_be_downloaded(self, monkeypatch) -> None:
@@ -480,9 +460,7 @@ class TestResolving:
             return create(name, **options)
 
         monkeypatch.setattr(store.timm, "create_model", refuse)
-        with pytest.raises(
-            CheckpointError, match=r"no weights for deit_tiny_patch16_224 to be had: no connection$"
-        ):
+        with pytest.raises(CheckpointError, match=r"no weights for deit_tiny_patch16_224 to be had: no connection$"):
             resolve_model("deit_tiny_patch16_224", pretrained=True)
 
 
@@ -520,9 +498,7 @@ class TestHub:
         assert torch.equal(resolve_model("hf-hub:me/lean-vit")(images), lean(images))
 
     def test_missing(self, hub) -> None:
-        with pytest.raises(
-            CheckpointError, match=r"^me/none on the Hugging Face hub: me/none was not found$"
-        ):
+        with pytest.raises(CheckpointError, match=r"^me/none on the Hugging Face hub: me/none was not found$"):
             from_hub("me/none")
 
     def test_not_a_vision_transformer(self, hub, monkeypatch) -> None:

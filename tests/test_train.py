@@ -43,9 +43,7 @@ def one_thread():
 class Images(Dataset):
     """Random images whose label is in their brightness; the `stop`-th one that is asked for is not given."""
 
-    def __init__(
-        self, count: int = 32, stop: int | None = None, end=None, value: float | None = None
-    ) -> None:
+    def __init__(self, count: int = 32, stop: int | None = None, end=None, value: float | None = None) -> None:
         generator = torch.Generator().manual_seed(1)
         self.labels = torch.arange(count) % 10
         self.images = torch.randn(count, 3, 32, 32, generator=generator) + self.labels.view(-1, 1, 1, 1) / 3
@@ -145,9 +143,7 @@ def test_resumed_run_is_the_uninterrupted_run(tiny_vit, tmp_path, options):
     whole = distill(copy.deepcopy(lean), tiny_vit, Images(), Images(), output=tmp_path / "whole", **runs)
     broken = tmp_path / "broken"
     with pytest.raises(InterruptedError):  # in the middle of the second epoch
-        distill(
-            copy.deepcopy(lean), tiny_vit, Images(stop=48, end=interrupt), Images(), output=broken, **runs
-        )
+        distill(copy.deepcopy(lean), tiny_vit, Images(stop=48, end=interrupt), Images(), output=broken, **runs)
     resumed = distill(lean, tiny_vit, Images(), Images(), output=broken, resume=True, **runs)
     assert losses(resumed) == losses(whole)
     weights = whole.model.state_dict()
@@ -164,9 +160,7 @@ fit(tiny_model(), Images(stop=48, end=killer), epochs=3, output=sys.argv[1])
 
 
 def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(
-        filter(None, [str(Path(leanvit.__file__).parents[1]), os.environ.get("PYTHONPATH")])
-    )
+    paths = os.pathsep.join(filter(None, [str(Path(leanvit.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120
@@ -192,9 +186,7 @@ def test_finished_run_resumes_to_its_result_and_mends_its_folder(tiny_vit, tmp_p
     again = fit(tiny_vit, val_data=Images(), output=tmp_path, resume=True)
     assert again.history == whole.history and len(read_rows(tmp_path)) == 2
     assert not (tmp_path / ".checkpoint-9.tmp").exists()
-    assert all(
-        torch.equal(value, again.model.state_dict()[key]) for key, value in whole.model.state_dict().items()
-    )
+    assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_vit, tmp_path):
@@ -232,9 +224,7 @@ def test_optimiser_state_is_never_unpickled(tiny_vit, tmp_path):
 
 def test_loss_that_is_not_finite_stops_the_run_with_its_step(tiny_vit, tmp_path):
     data = Images(stop=32 + 17, value=float("nan"))  # the second batch of the second epoch
-    with pytest.raises(
-        TrainingDiverged, match=r"not finite at step 4 of 6: loss nan, ce nan; .*checkpoint-1$"
-    ):
+    with pytest.raises(TrainingDiverged, match=r"not finite at step 4 of 6: loss nan, ce nan; .*checkpoint-1$"):
         fit(tiny_vit, data, epochs=3, output=tmp_path)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
@@ -263,9 +253,7 @@ def distill_twice(output: Path, batch_size: int) -> None:
     methods = leanvit.DGSSA(layers=(0, 1), guidance_weight=0), leanvit.GLAD(at=(2,))
     options = {"epochs": 2, "batch_size": batch_size, "output": output, "progress": False, "device": "cpu"}
     first, again = (
-        distill(
-            leanvit.slim(tiny_model(), *methods), tiny_model(), Still(30), Still(29), resume=resume, **options
-        )
+        distill(leanvit.slim(tiny_model(), *methods), tiny_model(), Still(30), Still(29), resume=resume, **options)
         for resume in (False, True)
     )
     assert losses(first) == losses(again)
@@ -348,9 +336,7 @@ def test_teacher_sees_images_in_its_own_normalisation(tiny_vit):
     assert data_config(student)["mean"] != data_config(tiny_vit)["mean"]
     pixels = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(data_config(student)[key]).view(3, 1, 1) for key in ("mean", "std"))
-    own_mean, own_std = (
-        torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     logits, _ = Teacher(tiny_vit, student, tokens=False)((pixels - mean) / std)
     torch.testing.assert_close(logits, tiny_vit((pixels - own_mean) / own_std))
 

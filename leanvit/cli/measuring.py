@@ -102,7 +102,7 @@ def bench(
 
     model = choice.load(pretrained=False)
     if not isinstance(model, LeanModel):
-        models = {
+        models: dict[str, nn.Module] = {
             "dense": model,
             **{text: slim(model, *parse(text), images=data_dir) for text in method or ()},
         }
@@ -110,9 +110,7 @@ def bench(
         raise ConfigError(f"{choice.model} is lean already ({model.lean}); --method is for a dense model")
     else:
         models = {"dense": dense_twin(model), choice.model: model}
-    rows = measure(
-        models, images=data_dir, warmup=num_warm_iter, torchcompile=torchcompile, **timing.arguments()
-    )
+    rows = measure(models, images=data_dir, warmup=num_warm_iter, torchcompile=torchcompile, **timing.arguments())
     output.write(ctx, Table(rows, title=choice.model))
 
 
@@ -121,9 +119,7 @@ def bench(
 def compare(
     ctx: typer.Context,
     choice: ModelChoice,
-    lean: Annotated[
-        list[Path], typer.Argument(metavar="LEAN...", help="Saved models or runs to compare with MODEL.")
-    ],
+    lean: Annotated[list[Path], typer.Argument(metavar="LEAN...", help="Saved models or runs to compare with MODEL.")],
     data: EvalData,
     timing: Timing,
     output: Output,

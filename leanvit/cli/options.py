@@ -55,9 +55,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**values: Any) -> None:
         for name, group in groups.items():
-            values[name] = group(
-                **{field.name: values.pop(field.name) for field in dataclasses.fields(group)}
-            )
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         command(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -167,9 +165,7 @@ _option = typer.Option
 
 ModelName = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="A timm name, hf-hub:owner/name, or the folder of a saved model or run."
-    ),
+    typer.Argument(metavar="MODEL", help="A timm name, hf-hub:owner/name, or the folder of a saved model or run."),
 ]
 MethodText = Annotated[str, _option(metavar="TEXT", help="Such as dgssa:layers=auto:4+glad:at=6,8,10.")]
 DataDir = Annotated[str, _option(metavar="PATH", help="Image folder, .tar, wds/…, hfds/… or 'digits'.")]
@@ -205,9 +201,7 @@ class ModelChoice:
     """Which model, with which weights."""
 
     model: ModelName
-    checkpoint: Annotated[
-        Path | None, _option(metavar="FILE", help="Weights: safetensors file or saved model.")
-    ] = None
+    checkpoint: Annotated[Path | None, _option(metavar="FILE", help="Weights: safetensors file or saved model.")] = None
     pretrained: Annotated[
         bool | None, _option("--pretrained/--no-pretrained", help="Fetch timm's weights for a timm name.")
     ] = None
@@ -255,13 +249,11 @@ class Timing:
     batch_size: Annotated[
         list[int], _option("--batch-size", "-b", metavar="N", help="Images a batch; may be repeated.")
     ] = field(default_factory=lambda: [1, 32])
-    precision: Annotated[
-        list[Precision], _option(metavar="NAME", help="fp32, bf16 or fp16; may be repeated.")
-    ] = field(default_factory=lambda: [Precision.fp32])
-    threads: Annotated[int, _option(metavar="N", help="CPU threads.")] = 2
-    num_bench_iter: Annotated[int | None, _option(metavar="N", help="Rounds; else ten seconds' worth.")] = (
-        None
+    precision: Annotated[list[Precision], _option(metavar="NAME", help="fp32, bf16 or fp16; may be repeated.")] = field(
+        default_factory=lambda: [Precision.fp32]
     )
+    threads: Annotated[int, _option(metavar="N", help="CPU threads.")] = 2
+    num_bench_iter: Annotated[int | None, _option(metavar="N", help="Rounds; else ten seconds' worth.")] = None
     device: Device = "auto"
 
     def arguments(self) -> dict[str, Any]:
@@ -304,9 +296,7 @@ class Training:
     train_split: TrainSplit = None
     val_split: ValSplit = None
     workers: Workers = 0
-    batch_size: Annotated[
-        int, _option("--batch-size", "-b", metavar="N", help="Images a step and process.")
-    ] = 64
+    batch_size: Annotated[int, _option("--batch-size", "-b", metavar="N", help="Images a step and process.")] = 64
     lr: Annotated[float, _option(metavar="X", help="Peak learning rate.")] = 3e-4
     inherited_lr_scale: Annotated[float, _option(metavar="X", help="Its factor for inherited weights.")] = 1.0
     opt: Annotated[str, _option(metavar="NAME", help="timm optimiser.")] = "adamw"
@@ -321,9 +311,7 @@ class Training:
     mixup: Annotated[float, _option(metavar="X", help="Mixup alpha; 0 is off.")] = 0.0
     cutmix: Annotated[float, _option(metavar="X", help="CutMix alpha; 0 is off.")] = 0.0
     hflip: Annotated[float | None, _option(metavar="X", help="Probability of a mirrored image.")] = None
-    scale: Annotated[tuple[float, float] | None, _option(metavar="X X", help="Share that a crop shows.")] = (
-        None
-    )
+    scale: Annotated[tuple[float, float] | None, _option(metavar="X X", help="Share that a crop shows.")] = None
     color_jitter: Annotated[float | None, _option(metavar="X", help="Strength of colour changes.")] = None
     aa: Annotated[str | None, _option(metavar="TEXT", help="AutoAugment policy, as in timm.")] = None
     reprob: Annotated[float | None, _option(metavar="X", help="Probability of random erasing.")] = None

@@ -34,9 +34,7 @@ def slim_model(
     data_dir: DataDir,
     epochs: Annotated[int, typer.Option(min=0, metavar="N", help="Of distillation; 0 needs no labels.")] = 0,
     warm_start_steps: Annotated[int, typer.Option(metavar="N", help="Label-free steps a block.")] = 60,
-    teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Whom to learn from; else MODEL.")
-    ] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Whom to learn from; else MODEL.")] = None,
     output: Folder = None,
     experiment: Experiment = "",
     resume: Resume = False,

@@ -15,7 +15,7 @@ from ..errors import ConfigError, MethodError
 from ..record import Recorder
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import Block, VisionTransformer
+    from timm.models.vision_transformer import Block
 
     from ..analysis import LayerStatistics
     from ..data import ImageSource
@@ -79,7 +79,7 @@ class Method:
         return ()
 
     def resolve(self, plan: Plan) -> Self:
-        """Decide every parameter that is left to measurement or to the model's depth, and check it against the model."""
+        """Decide what is left to measurement or to the model's depth, and check all of it against the model."""
         return self
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
@@ -124,7 +124,7 @@ class Plan:
         images: Unlabelled images, for measurements.
     """
 
-    def __init__(self, model: VisionTransformer, images: ImageSource | None) -> None:
+    def __init__(self, model: Any, images: ImageSource | None) -> None:
         self.model = model
         self.images = images
         self.depth = len(model.blocks)
@@ -137,11 +137,13 @@ class Plan:
         from ..analysis import attention_statistics
 
         if self.images is None:
-            raise ConfigError("a parameter is 'auto', which is measured: give images (slim(..., images=...), --data-dir)")
+            raise ConfigError(
+                "a parameter is 'auto', which is measured: give images (slim(..., images=...), --data-dir)"
+            )
         return attention_statistics(self.model, self.images)
 
     def resolve(self, methods: Sequence[Method]) -> tuple[Method, ...]:
-        """Decide the parameters of all methods, those that reduce tokens first: the others depend on where that happens."""
+        """Decide the parameters of all methods, those that reduce tokens first: others depend on where that happens."""
         names = [method.name for method in methods]
         for name in names:
             if names.count(name) > 1:
@@ -175,7 +177,7 @@ def block_indices(method: str, parameter: str, value: Any) -> tuple[int, ...] | 
     if isinstance(value, str):
         auto_count(value, default=1)
         return value
-    blocks = (value,) if isinstance(value, int) else tuple(value)
+    blocks = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if any(not isinstance(index, int) or index < 0 for index in blocks) or len(set(blocks)) < len(blocks):
         raise ConfigError(f"{method}: {parameter}={value} must be block indices from 0 on, each given once")
     return tuple(sorted(blocks))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from timm.layers import Attention
@@ -23,8 +23,6 @@ from . import register
 from .base import LeanModule, Method, Plan, auto_count, block_indices
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import Block
-
     from ..model import Grid, LeanVisionTransformer
 
 
@@ -34,8 +32,8 @@ class DGSSA(Method):
     """Replace the attention of chosen layers by dynamic-guided static self-attention.
 
     Args:
-        layers: Blocks to replace; ``"auto:K"`` takes the K whose attention varies least between images, among those before any
-            token reduction, ``"auto"`` a third of the depth. Both need images.
+        layers: Blocks to replace; ``"auto:K"`` takes the K whose attention varies least between images, among those
+            before any token reduction, ``"auto"`` a third of the depth. Both need images.
         guidance: Share of training over which the dynamic attention hands over to the static one; 0 starts static.
         guidance_weight: Weight of the loss ``KL(E_batch[A_dynamic] ‖ S)`` while both are there.
         max_mb: Largest static matrix of a layer, in MB of fp32.
@@ -53,6 +51,9 @@ class DGSSA(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", block_indices(self.name, "layers", self.layers))
+        for name in ("guidance", "guidance_weight", "max_mb"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ConfigError(f"dgssa: {name}={getattr(self, name)!r} is not a number")
         if not 0 <= self.guidance <= 1:
             raise ConfigError(f"dgssa: guidance={self.guidance} is not in [0, 1]")
         if self.guidance_weight < 0:
@@ -66,7 +67,8 @@ class DGSSA(Method):
             count = auto_count(layers, default=max(1, plan.depth // 3))
             if count > plan.first_reduction:
                 raise MethodError(
-                    f"dgssa: layers={layers!r} asks for {count} layers and only {plan.first_reduction} come before tokens are reduced"
+                    f"dgssa: layers={layers!r} asks for {count} layers and only {plan.first_reduction} come "
+                    f"before tokens are reduced"
                 )
             variance = {layer.index: layer.relative_variance for layer in plan.statistics[: plan.first_reduction]}
             layers = tuple(sorted(sorted(variance, key=lambda index: variance[index])[:count]))
@@ -75,8 +77,8 @@ class DGSSA(Method):
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         tokens = lean.num_prefix_tokens + lean.blocks.grid[0] * lean.blocks.grid[1]
-        for index in self.layers:
-            StaticAttention.adopt(lean.blocks[int(index)].attn, int(index), tokens, lean.num_prefix_tokens, self)
+        for index in cast(tuple[int, ...], self.layers):
+            StaticAttention.adopt(lean.blocks[index].attn, index, tokens, lean.num_prefix_tokens, self)
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         terms = [record.value for record in found["guidance"]]
@@ -86,8 +88,8 @@ class DGSSA(Method):
 class StaticAttention(LeanModule, Attention):
     """timm's attention with, per head, a static matrix beside query and key.
 
-    While it trains with guidance it mixes ``(1 − α)·A_dynamic + α·S``; at α = 1, where it stands outside training, query and key
-    are not computed. `logits` is ``(H, N, N)``; a softmax over its rows gives S.
+    While it trains with guidance it mixes ``(1 − α)·A_dynamic + α·S``; at α = 1, where it stands outside training,
+    query and key are not computed. `logits` is ``(H, N, N)``; a softmax over its rows gives S.
     """
 
     method: ClassVar[str] = DGSSA.name
@@ -100,7 +102,7 @@ class StaticAttention(LeanModule, Attention):
     logits: nn.Parameter
 
     @classmethod
-    def adopt(cls, attention: Attention, layer: int, tokens: int, prefix: int, config: DGSSA) -> None:
+    def adopt(cls, attention: Any, layer: int, tokens: int, prefix: int, config: DGSSA) -> None:
         """Turn a timm attention into a static one in place; uniform over all tokens until it is warm-started."""
         attention.__class__ = cls
         attention.layer, attention.prefix, attention.config = layer, prefix, config
@@ -145,7 +147,7 @@ class StaticAttention(LeanModule, Attention):
         return nn.functional.linear(x, weight, bias)
 
     @torch.no_grad()
-    def start(self, dense: Block, inputs: Iterable[Tensor]) -> None:
+    def start(self, dense: Any, inputs: Iterable[Tensor]) -> None:
         """S starts as the mean of the dense layer's attention over the images."""
         total, images = torch.zeros_like(self.logits), 0
         for x in inputs:
@@ -183,17 +185,17 @@ class DeployedStaticAttention(nn.Module):
 
     def __init__(self, trained: StaticAttention) -> None:
         super().__init__()
-        weight, bias = (None if part is None else part.detach() for part in value_projection(trained))
+        weight, bias = value_projection(trained)
         self.gate, self.norm, self.proj, self.proj_drop = trained.gate, trained.norm, trained.proj, trained.proj_drop
         # Rows of S sum to one, so a bias of the values comes out as it went in: the projection's bias can carry it.
-        folds = bias is not None and isinstance(self.norm, nn.Identity) and self.gate is None
-        self.v = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None and not folds, device="meta")
-        self.v.weight = nn.Parameter(weight.clone())
-        if folds:
-            carried = self.proj.weight.detach() @ bias
+        if bias is not None and isinstance(self.norm, nn.Identity) and self.gate is None:
+            carried = self.proj.weight.detach() @ bias.detach()
             self.proj.bias = nn.Parameter(carried if self.proj.bias is None else self.proj.bias.detach() + carried)
-        elif bias is not None:
-            self.v.bias = nn.Parameter(bias.clone())
+            bias = None
+        self.v = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.v.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            self.v.bias = nn.Parameter(bias.detach().clone())
         self.static = nn.Parameter(trained.static.detach())
 
     def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
@@ -227,6 +229,7 @@ def check_memory(heads: int, tokens: int, max_mb: float) -> None:
     size = heads * tokens**2 * 4 / 1e6
     if size > max_mb:
         raise MethodError(
-            f"dgssa: static attention of {heads} heads over {tokens} tokens takes {size:.0f} MB a layer, over max_mb={max_mb:.0f}; "
+            f"dgssa: static attention of {heads} heads over {tokens} tokens takes {size:.3g} MB a layer, "
+            f"over max_mb={max_mb:.3g}; "
             "use a smaller input or raise max_mb"
         )

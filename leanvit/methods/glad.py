@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ class GLAD(Method):
     """Aggregate tokens in stages: the global aggregation pyramid of later layers.
 
     Args:
-        at: Blocks in front of which a stage sits, rising; empty places three at 1/2, 2/3 and 5/6 of the depth (6, 8, 10 of 12);
-            ``"auto"`` or ``"auto:K"`` places three or K by the effective rank of the attention that follows, which needs images.
+        at: Blocks in front of which a stage sits, rising; empty places three at 1/2, 2/3 and 5/6 of the depth (6, 8,
+            10 of 12);
+            ``"auto"`` or ``"auto:K"`` places three or K by the effective rank of the attention that follows, which
+            needs images.
         keep: Share of the tokens that leave a stage, one for all or one each: ``0.5`` makes 196 → 98 → 49 → 24.
 
     Raises:
@@ -52,10 +54,10 @@ class GLAD(Method):
         object.__setattr__(self, "at", block_indices(self.name, "at", self.at))
         for share in _as_tuple(self.keep):
             if not isinstance(share, (int, float)) or not 0 < share <= 1:
-                raise ConfigError(f"glad: keep={share} is not in (0, 1]")
+                raise ConfigError(f"glad: keep={share!r} is not in (0, 1]")
 
     def reductions(self, depth: int) -> tuple[int, ...]:
-        return tuple(self.at)  # type: ignore[arg-type]
+        return cast(tuple[int, ...], self.at)
 
     def resolve(self, plan: Plan) -> Self:
         if isinstance(self.at, str):
@@ -70,9 +72,10 @@ class GLAD(Method):
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         positions = grid_positions(lean.blocks.grid)
-        for index, keep in zip(self.at, self._keeps(len(self.at)), strict=True):
+        at = cast(tuple[int, ...], self.at)
+        for index, keep in zip(at, self._keeps(len(at)), strict=True):
             stage = Aggregation(lean.embed_dim, positions, keep, index)
-            lean.blocks[int(index)].stages[self.name] = stage.to(lean.patch_embed.proj.weight)
+            lean.blocks[index].stages[self.name] = stage.to(lean.patch_embed.proj.weight)
             positions = stage.positions_out
 
     def _keeps(self, stages: int) -> tuple[float, ...]:
@@ -170,8 +173,10 @@ def place_stages(ranks: Sequence[float], keeps: Sequence[float], tokens: int) ->
         if not places:
             found = ", ".join(f"{rank:.0f}" for rank in ranks)
             raise MethodError(
-                f"glad: no place for stage {len(at) + 1} of {len(keeps)}: {tokens} tokens would be fewer than the effective "
-                f"rank of the attention that follows ({found} by layer); use fewer stages, a larger keep, or name the blocks"
+                f"glad: no place for stage {len(at) + 1} of {len(keeps)}: {tokens} tokens would be fewer "
+                f"than the effective "
+                f"rank of the attention that follows ({found} by layer); use fewer stages, a larger keep, "
+                f"or name the blocks"
             )
         at.append(places[0])
     return tuple(at)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALL = 32e6
-"""Attention maps of all images and heads up to so many bytes are formed; beyond, the fused kernel, which forms none, is used."""
+"""Bytes of attention maps, all images and heads, that are formed; beyond, the fused kernel, which forms none."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -21,8 +21,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if not _forms_the_map(q):
         return F.scaled_dot_product_attention(q, k, v)
-    # torch's fused CPU kernel computes in fp32 whatever it is given. In bf16, at batch 32, two matrix products and a softmax take
-    # 0.4 of its time at N = 197 and 0.3 at N = 99; at batch 1 and few tokens it is the faster one.
+    # torch's fused CPU kernel computes in fp32 whatever it is given. In bf16, at batch 32, two matrix products and a
+    # softmax take 0.4 of its time at N = 197 and 0.3 at N = 99; at batch 1 and few tokens it is the faster one.
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 

@@ -16,7 +16,8 @@ def linear_reference(
         x: ``(…, C_in)``.
         weight: ``(C_out, C_in)``.
         bias: ``(C_out,)``.
-        gelu: A GELU that follows: ``"none"`` (exact) or ``"tanh"``, as torch names its approximation; empty for no GELU.
+        gelu: A GELU that follows: ``"none"`` (exact) or ``"tanh"``, as torch names its approximation; empty for no
+            GELU.
         residual: ``(…, C_out)``, added to the product; not together with a GELU.
     """
     out = F.linear(x, weight, bias)
@@ -30,7 +31,8 @@ def linear(
 ) -> Tensor:
     """A linear layer and the GELU or residual addition behind it; arguments and result of `linear_reference`.
 
-    On a CPU it goes to oneDNN, which adds the bias and does what follows while the product is in registers: nothing the size of an
+    On a CPU it goes to oneDNN, which adds the bias and does what follows while the product is in registers: nothing
+        the size of an
     MLP's hidden layer is written twice. oneDNN's fp32 product alone takes half the time of torch's default (MKL) on AMD
     processors, and is fastest where the weight lies column by column (`column_major`).
     """

@@ -73,9 +73,7 @@ def pareto(
     figure.canvas.draw()
     figure.set_layout_engine("none")
     for axes, panel in zip(figure.axes, panels, strict=True):
-        _label_points(
-            figure, axes, [(row[x], row[y]) for row in panel], [str(row.get("model", "")) for row in panel]
-        )
+        _label_points(figure, axes, [(row[x], row[y]) for row in panel], [str(row.get("model", "")) for row in panel])
     with written_whole(path) as part:
         figure.savefig(part)
 
@@ -93,11 +91,7 @@ def training_curves(csv: str | Path, path: str | Path) -> None:
     """
     rows = read_csv(csv)
     names = list(rows[0]) if rows else []
-    panels = {
-        label: columns
-        for key, label in _CURVES.items()
-        if (columns := [name for name in names if key in name])
-    }
+    panels = {label: columns for key, label in _CURVES.items() if (columns := [name for name in names if key in name])}
     if "epoch" not in names or not panels:
         raise ConfigError(
             f"{csv} has no epochs with losses or accuracies; its columns are {', '.join(names) or 'none'}"
@@ -133,9 +127,7 @@ def frontier(rows: Sequence[Row], x: str, y: str) -> list[Row]:
 
 def _pareto_panel(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     best = frontier(rows, x, y)
-    axes.plot(
-        [row[x] for row in best], [row[y] for row in best], color=FRONTIER, linewidth=1.2, alpha=0.7, zorder=1
-    )
+    axes.plot([row[x] for row in best], [row[y] for row in best], color=FRONTIER, linewidth=1.2, alpha=0.7, zorder=1)
     for row in rows:
         is_dense = row.get("method", row.get("model")) == "dense"
         axes.scatter(
@@ -150,9 +142,7 @@ def _pareto_panel(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     axes.margins(x=0.18, y=0.18)
 
 
-def _label_points(
-    figure: Figure, axes: Axes, marks: Sequence[tuple[float, float]], names: Sequence[str]
-) -> None:
+def _label_points(figure: Figure, axes: Axes, marks: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
     """Write a name at every mark, at the nearest place where it covers no mark, no other name and no edge."""
     pixels = figure.dpi / 72
     inside = axes.get_window_extent()

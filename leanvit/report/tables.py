@@ -122,9 +122,7 @@ class Table:
     def __rich__(self) -> RichTable:
         known = {name for row in self.rows for name, value in row.items() if value is not None}
         columns = [name for name in _PRINTED if name in known]
-        columns += [
-            name for name in column_order(self.rows) if name in known and name not in (*_PRINTED, *COLUMNS)
-        ]
+        columns += [name for name in column_order(self.rows) if name in known and name not in (*_PRINTED, *COLUMNS)]
         if all(row.get("method") in (row.get("model"), None, "dense") for row in self.rows):
             columns = [name for name in columns if name != "method"]  # says no more than the names do
         same = [name for name in columns if name in _BELOW and len({row.get(name) for row in self.rows}) == 1]
@@ -149,9 +147,7 @@ class Table:
     def __str__(self) -> str:
         table = self.__rich__()
         console = Console(file=io.StringIO(), width=1000)
-        console.width = console.measure(
-            table
-        ).maximum  # nothing is cut where the terminal's width is not known
+        console.width = console.measure(table).maximum  # nothing is cut where the terminal's width is not known
         console.print(table)
         lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in lines if line.strip())

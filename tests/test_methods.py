@@ -1,0 +1,197 @@
+"""Parameters of the methods: read, checked, resolved; DGSSA's guidance and GLAD's pooling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import leanvit
+from leanvit.methods import Method, available, from_config, parse, register
+from leanvit.methods.dgssa import guidance_loss
+from leanvit.methods.glad import place_stages
+
+from .contract import photos, small_vit
+
+BAD = [
+    ("dgsa", "unknown method 'dgsa'; known are dgssa, glad"),
+    ("dgssa:layer=1", "dgssa has no parameter 'layer'; it has layers"),
+    ("dgssa:layers", "'layers' is not of the form parameter=value"),
+    ("dgssa:layers=auto:0", "'auto:0' is not"),
+    ("dgssa:layers=some", "'some' is not a list of blocks"),
+    ("dgssa:layers=1,1", "each given once"),
+    ("dgssa:layers=-1", "block indices from 0"),
+    ("dgssa:layers=0.5", "layers=0.5 must be block indices"),
+    ("dgssa:guidance=2", "guidance=2 is not in"),
+    ("dgssa:guidance=soon", "guidance='soon' is not a number"),
+    ("dgssa:guidance_weight=-1", "guidance_weight=-1 is negative"),
+    ("dgssa:max_mb=0", "max_mb=0 is not positive"),
+    ("glad:keep=0", "keep=0 is not in"),
+    ("glad:keep=1.5", "keep=1.5 is not in"),
+    ("glad:keep=half", "keep='half' is not in"),
+    ("glad:at=2,2", "each given once"),
+]
+
+UNFIT = [
+    ("dgssa:layers=4", "dgssa: block 4 does not exist; the model has blocks 0 to 3"),
+    ("glad:at=9", "glad: block 9 does not exist"),
+    ("glad:at=1,2,keep=0.5,0.5,0.5", "keep has 3 values for 2 stages"),
+    ("dgssa:layers=auto:3+glad:at=2", "asks for 3 layers and only 2 come before tokens are reduced"),
+    ("dgssa:layers=auto:5", "asks for 5 layers and only 4"),
+    (
+        "glad:at=1+dgssa:layers=1",
+        "dgssa: block 1 needs every token at its place, but glad reduces the tokens before block 1",
+    ),
+    ("dgssa:layers=0,3+glad:at=2", "dgssa: block 3 needs every token"),
+    ("dgssa:layers=0,max_mb=0.001", r"takes 0\.00347 MB a layer, over max_mb=0\.001; use a smaller input"),
+    ("glad:at=1+glad:at=2", "glad is given more than once"),
+    ("glad:at=auto,keep=0.1", "no place for stage"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_bad_parameters(text, message):
+    with pytest.raises(leanvit.ConfigError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize(("text", "message"), UNFIT)
+def test_parameters_that_do_not_fit_the_model(text, message):
+    vit = small_vit()
+    with pytest.raises(leanvit.MethodError, match=message):
+        leanvit.slim(vit, *parse(text), images=photos(vit))
+
+
+def test_measured_parameters_need_images(tiny_vit):
+    with pytest.raises(leanvit.ConfigError, match="'auto', which is measured: give images"):
+        leanvit.slim(tiny_vit, leanvit.DGSSA(layers="auto:2"))
+
+
+def test_text_and_python_give_the_same():
+    expected = (leanvit.DGSSA(layers="auto:4", guidance=0.25), leanvit.GLAD(at=(6, 8, 10), keep=0.5))
+    assert parse("dgssa:layers=auto:4,guidance=0.25+glad:at=6,8,10,keep=0.5") == expected
+    assert parse("dgssa:layers=1-3") == (leanvit.DGSSA(layers=(1, 2, 3)),)
+    assert parse("glad:at=6") == (leanvit.GLAD(at=6),) == (leanvit.GLAD(at=[6]),)
+
+
+def test_config_refuses_what_it_does_not_know():
+    with pytest.raises(leanvit.ConfigError, match="unknown method 'x'"):
+        from_config({"name": "x"})
+    with pytest.raises(leanvit.ConfigError, match="no parameter 'beta'"):
+        from_config({"name": "glad", "beta": 1})
+
+
+def test_names_are_given_once():
+    @dataclasses.dataclass(frozen=True)
+    class Other(Method):
+        name = "glad"
+
+    with pytest.raises(leanvit.ConfigError, match="'glad' is registered already: GLAD"):
+        register(Other)
+    assert available()["glad"] is leanvit.GLAD
+
+
+def test_every_default_is_applied_with_images():
+    vit = small_vit()
+    for cls in available().values():
+        assert leanvit.slim(vit, cls(), images=photos(vit)).lean.methods[0].name == cls.name
+
+
+def test_dgssa_picks_the_layers_that_vary_least():
+    vit = small_vit()
+    images = photos(vit, 16)
+    ranked = sorted(leanvit.attention_statistics(vit, images), key=lambda layer: layer.relative_variance)
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers="auto:2"), images=images)
+    assert lean.lean.methods[0].layers == tuple(sorted(layer.index for layer in ranked[:2]))
+
+
+def test_dgssa_starts_as_the_mean_attention():
+    vit = small_vit()
+    images = photos(vit, 8)
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers=(1,)))
+    leanvit.warm_start(lean, vit, images, steps=0, progress=False)
+    x = vit.blocks[0](vit.norm_pre(vit._pos_embed(vit.patch_embed(images))))
+    mean = leanvit.analysis.attention_map(vit.blocks[1].attn, vit.blocks[1].norm1(x)).mean(0)
+    assert torch.allclose(lean.blocks[1].attn.static, mean, atol=1e-5)
+
+
+def test_dgssa_hands_over_from_dynamic_to_static():
+    vit = small_vit()
+    images = photos(vit)
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers=(0, 1), guidance=0.5))
+    method = lean.lean.methods[0]
+    static = lean(images)
+    method.set_progress(lean, 0.0)
+    assert torch.allclose(lean(images), vit(images), atol=1e-5)  # all dynamic: the dense model
+    with pytest.raises(leanvit.DeployError, match="block 0 is not ready to deploy: guidance is not over, 100%"):
+        leanvit.deploy(lean)
+    leanvit.deploy(lean, force=True)
+    method.set_progress(lean, 0.25)
+    assert float(lean.blocks[1].attn.alpha) == pytest.approx(0.5)
+    method.set_progress(lean, 0.5)
+    assert torch.equal(lean(images), static)
+
+
+def test_dgssa_guidance_loss_is_the_divergence_and_vanishes_at_the_mean():
+    vit = small_vit()
+    images = photos(vit)
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers=(0, 1), guidance_weight=2.0))
+    method = lean.lean.methods[0]
+    with leanvit.record("guidance") as found:
+        lean(images)
+    assert method.losses(found) == {}  # all static: nothing to guide
+    method.set_progress(lean, 0.1)
+    with leanvit.record("guidance") as found:
+        lean(images)
+    loss = method.losses(found)["guidance"]
+    assert [record.layer for record in found["guidance"]] == [0, 1]
+    assert loss.detach() == pytest.approx(2 * sum(float(r.value.detach()) for r in found["guidance"]) / 2)
+    loss.backward()
+    assert lean.blocks[0].attn.logits.grad.abs().sum() > 0
+    dynamic = torch.rand(4, 2, 5, 5).softmax(-1)
+    assert guidance_loss(dynamic, dynamic.mean(0)).abs() < 1e-6
+    by_hand = (dynamic.mean(0) * (dynamic.mean(0) / 0.2).log()).sum(-1).mean()
+    assert torch.allclose(guidance_loss(dynamic, torch.full((2, 5, 5), 0.2)), by_hand)
+
+
+def test_static_query_and_key_are_not_computed():
+    vit = small_vit()
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers=(0,)))
+    rows = lean.blocks[0].attn.qkv.weight
+    with torch.no_grad():
+        rows[: 2 * vit.embed_dim].fill_(float("nan"))
+    assert lean(photos(vit)).isfinite().all()
+
+
+def test_glad_starts_as_local_pooling():
+    vit = small_vit()
+    stage = leanvit.slim(vit, leanvit.GLAD(at=(1,))).blocks[1].stages["glad"]
+    x = torch.randn(2, 17, vit.embed_dim)
+    tokens = stage(leanvit.Tokens(x, 1, (4, 4)))
+    cells = torch.stack([x[:, 1:][:, stage.cells == cell].mean(1) for cell in range(stage.count)], 1)
+    assert tokens.x.shape == (2, 9, vit.embed_dim) and torch.equal(tokens.x[:, :1], x[:, :1])
+    assert (tokens.x[:, 1:] - cells).abs().max() < 0.2
+
+
+def test_glad_default_places_three_stages():
+    vit = small_vit(depth=12)
+    assert leanvit.slim(vit, leanvit.GLAD()).lean.methods[0].at == (6, 8, 10)
+
+
+def test_glad_stages_go_where_attention_needs_no_more_tokens():
+    assert place_stages([90, 60, 30, 40, 20, 10], [0.5, 0.5], 100) == (2, 4)
+    with pytest.raises(
+        leanvit.MethodError, match="no place for stage 2 of 2: 25 tokens would be fewer than the effective rank"
+    ):
+        place_stages([90, 60, 30, 40], [0.5, 0.5], 100)
+
+
+def test_resizing_untrained_glad_is_pooling_on_the_new_grid():
+    vit = small_vit()
+    lean = leanvit.slim(vit, leanvit.GLAD(at=(1, 2)))
+    lean.set_input_size((48, 48))
+    fresh = small_vit()
+    fresh.set_input_size((48, 48))
+    images = photos(fresh)
+    assert torch.allclose(lean(images), leanvit.slim(fresh, leanvit.GLAD(at=(1, 2)))(images), atol=1e-5)
