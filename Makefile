@@ -28,10 +28,9 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-# Protocol 3 of the README's speed table: dense and lean take turns in one run, two threads.
+# The speed table of docs/results. The accuracy tables need weights and photos: see docs/measuring.md.
 bench: $(STAMP)
-	$(BIN)/python -m leanvit bench deit_tiny_patch16_224 --method dgssa:layers=0-5+glad:at=6,8,10 \
-		--precision fp32 --precision bf16 --batch-size 1 --batch-size 32 $(ARGS)
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 venv: $(STAMP)
 

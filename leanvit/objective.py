@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from .data import data_config
 from .errors import ConfigError
 from .model import LeanModel
-from .record import record
+from .record import Recorder, record
 
 
 class Teacher:
@@ -96,7 +98,8 @@ class Objective(nn.Module):
         """
         methods = self.student.lean.methods if isinstance(self.student, LeanModel) else ()
         tokens = None
-        with record() as recorded:
+        wanted_kinds = [kind for method in methods for kind in method.loss_kinds]
+        with record(*wanted_kinds) if wanted_kinds else nullcontext(Recorder()) as recorded:
             if teacher_tokens is None:
                 logits = self.student(images)
             else:  # one pass for both, logits and tokens

@@ -73,6 +73,8 @@ class Method:
     name: ClassVar[str]
     reduces_tokens: ClassVar[bool] = False
     """Whether fewer tokens leave some block than enter it."""
+    loss_kinds: ClassVar[tuple[str, ...]] = ()
+    """What `losses` reads from the recorder; nothing else is collected while training."""
 
     def reductions(self, depth: int) -> tuple[int, ...]:
         """The blocks in front of which tokens are reduced, in a model of `depth` blocks; needs resolved parameters."""

@@ -43,6 +43,7 @@ class DGSSA(Method):
     """
 
     name: ClassVar[str] = "dgssa"
+    loss_kinds: ClassVar[tuple[str, ...]] = ("guidance",)
 
     layers: tuple[int, ...] | str = "auto"
     guidance: float = 0.5
