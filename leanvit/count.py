@@ -54,8 +54,8 @@ class Cost:
     by_layer: Mapping[str, Share] = field(repr=False)
     by_kind: Mapping[str, Share]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a layer, for a table: its MACs and parameters, and its share of the MACs."""
+    def rows(self, shares: Mapping[str, Share] | None = None) -> list[dict[str, Any]]:
+        """One row a layer, or one for each of `shares`: its MACs and parameters, and its share of the MACs."""
         total = self.macs or 1.0
         return [
             {
@@ -64,7 +64,7 @@ class Cost:
                 "param_count": share.params / 1e6,
                 "macs_share": share.macs / total,
             }
-            for name, share in self.by_layer.items()
+            for name, share in (self.by_layer if shares is None else shares).items()
         ]
 
 

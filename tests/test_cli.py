@@ -22,7 +22,7 @@ from leanvit.report.tables import read_csv
 from leanvit.store import load, save
 from leanvit.train import TrainConfig
 
-COMMANDS = ("bench", "compare", "demo", "doctor", "eval", "slim", "train")
+COMMANDS = ("analyse", "bench", "compare", "count", "demo", "doctor", "eval", "slim", "train")
 QUICK = ("-b", "1", "--num-bench-iter", "1", "--threads", "1")
 SHORT = ("--epochs", "1", "-b", "4", "--device", "cpu", "--warm-start-steps", "1")
 
@@ -58,8 +58,9 @@ def lean(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is timed here is of no interest."""
-    monkeypatch.setattr("leanvit.bench.SECONDS", 0.0)
-    monkeypatch.setattr("leanvit.bench.FEWEST", 1)
+    timing = sys.modules["leanvit.bench"]  # the name leanvit.bench is the function
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "FEWEST", 1)
 
 
 def run(*arguments: object) -> Result:
@@ -114,6 +115,22 @@ def test_eval_prints_and_writes_the_figures(dense: Path, photos: Path, tmp_path:
     assert written["command"] == "eval" and written["settings"]["batch_size"] == 50
     assert written["environment"]["processor"] and written["environment"]["versions"]["torch"]
     assert written["rows"][0]["top1"] == pytest.approx(row["top1"], abs=1e-3)
+
+
+def test_count_and_analyse(dense: Path, photos: Path, tmp_path: Path) -> None:
+    """MACs by layer and kind add up to the total; the statistics have a row a layer."""
+    succeed("count", dense, "--method", "glad:at=2", "--json", tmp_path / "count.json")
+    rows = {row["layer"]: row["gmacs"] for row in json.loads((tmp_path / "count.json").read_text())["rows"]}
+    kinds = sum(value for name, value in rows.items() if name.startswith("all "))
+    layers = sum(value for name, value in rows.items() if not name.startswith("all ")) - rows["total"]
+    assert kinds == pytest.approx(rows["total"]) == pytest.approx(layers) and rows["total"] > 0
+    assert "effective rank" in succeed("analyse", dense, "--data-dir", photos)
+
+
+def test_eval_crops_as_told(dense: Path, photos: Path, tmp_path: Path) -> None:
+    succeed("eval", dense, "--data-dir", photos, "--crop-pct", "1.0", "--json", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["crop_pct"] == 1.0
+    assert "--crop-pct" in refuse("eval", dense, "--data-dir", photos, "--crop-pct", "2")
 
 
 def test_eval_of_published_weights_needs_no_other_option(shared_data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`leanvit eval`, `bench` and `compare`: figures of models, printed as a table and written where asked."""
+"""The commands that measure a model: figures printed as a table and written where asked."""
 
 from __future__ import annotations
 
@@ -111,6 +111,54 @@ def bench(
     else:
         models = {"dense": dense_twin(model), choice.model: model}
     rows = measure(models, images=data_dir, warmup=num_warm_iter, torchcompile=torchcompile, **timing.arguments())
+    output.write(ctx, Table(rows, title=choice.model))
+
+
+@app.command()
+@takes_groups
+def count(
+    ctx: typer.Context,
+    choice: ModelChoice,
+    method: Annotated[str, typer.Option(metavar="TEXT", help="Such as dgssa:layers=1,2,3+glad.")] = "",
+    data_dir: Annotated[str | None, typer.Option(metavar="PATH", help="Images for what a method measures.")] = None,
+    *,
+    output: Output,
+) -> None:
+    """Count MACs and parameters by layer and by kind of operation, of the deployed form."""
+    from ..count import Share
+    from ..count import count as count_operations
+    from ..measure import Table
+    from ..methods import parse
+    from ..model import slim
+
+    model = choice.load(pretrained=False)
+    cost = count_operations(slim(model, *parse(method), images=data_dir) if method else model)
+    kinds = {f"all {kind}": share for kind, share in cost.by_kind.items()}
+    rows = cost.rows({**cost.by_layer, **kinds, "total": Share(cost.macs, cost.params)})
+    output.write(ctx, Table(rows, title=f"{choice.model} {method}".strip()))
+
+
+@app.command()
+@takes_groups
+def analyse(
+    ctx: typer.Context,
+    choice: ModelChoice,
+    data_dir: Annotated[str, typer.Option(metavar="PATH", help="Unlabelled images.")],
+    *,
+    output: Output,
+) -> None:
+    """Measure how each layer attends: what "auto" chooses by.
+
+    Relative variance between images (low: static attention will do) and effective rank (low: few tokens will do).
+    """
+    from ..analysis import attention_statistics
+    from ..measure import Table
+
+    layers = attention_statistics(choice.load(), data_dir)
+    rows = [
+        {"layer": layer.index, "relative_variance": layer.relative_variance, "effective_rank": layer.effective_rank}
+        for layer in layers
+    ]
     output.write(ctx, Table(rows, title=choice.model))
 
 

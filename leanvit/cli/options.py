@@ -233,12 +233,17 @@ class EvalData:
     data_dir: DataDir
     val_split: ValSplit = None
     class_map: ClassMap = ""
+    crop_pct: Annotated[
+        float | None, _option(min=0.01, max=1.0, metavar="X", help="Share of the image that is kept; else the model's.")
+    ] = None
     workers: Workers = 0
 
     def open(self, model: nn.Module) -> ImageData:
         """The labelled images, prepared as the model asks."""
         from ..data import open_data
 
+        if self.crop_pct is not None:
+            model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": self.crop_pct}  # type: ignore[dict-item, assignment]
         return open_data(self.data_dir, model, split=self.val_split, class_map=self.class_map)
 
 

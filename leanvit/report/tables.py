@@ -72,6 +72,8 @@ _PRINTED = {
     "macs_share": ("share", "{:.1%}"),
     "param_count": ("params M", "{:.3f}"),
     "infer_img_size": ("px", "{}"),
+    "relative_variance": ("relative variance", "{:.3f}"),
+    "effective_rank": ("effective rank", "{:.1f}"),
     "engine": ("engine", "{}"),
     "device": ("device", "{}"),
     "threads": ("threads", "{}"),
