@@ -79,7 +79,7 @@ def attention_statistics(
     ]
     try:
         for batch in image_batches(images, model, batch_size, limit):
-            model.forward_features(batch)
+            model.forward_features(batch.to(next(model.parameters())))
     finally:
         for hook in hooks:
             hook.remove()

@@ -217,13 +217,13 @@ class LeanModel:
             last.append(self.blocks.run(self.blocks.tokens(embedded, track)))
             return last[0].x
 
-        normed = super(LeanModel, _with_blocks(self, blocks)).forward_features(x)  # type: ignore[misc]
+        normed = super(LeanModel, with_blocks(self, blocks)).forward_features(x)  # type: ignore[misc]
         return replace(last[0], x=normed)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's own, with maps on the full grid: removed or aggregated tokens put back in their places."""
         _refuse_mask(kwargs.get("attn_mask"), kwargs.get("is_causal", False))
-        walk = _with_blocks(self, self.blocks.steps())
+        walk = with_blocks(self, self.blocks.steps())
         return super(LeanModel, walk).forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -384,8 +384,8 @@ def check_order(lean: LeanVisionTransformer) -> None:
         for module in block.lean_modules():
             if module.needs_all_tokens and reduced_by:
                 raise MethodError(
-                    f"{module.method}: block {index} needs every token at its place, but {reduced_by}; use "
-                    f"blocks before that"
+                    f"{module.method}: block {index} needs every token at its place, but {reduced_by}; "
+                    "use blocks before that"
                 )
             if module.reduces_tokens and not reduced_by:
                 reduced_by = f"{module.method} reduces the tokens before block {index}"
@@ -417,7 +417,7 @@ def _lean_info(model: nn.Module, error: type[Exception]) -> LeanInfo:
     return model.lean
 
 
-def _with_blocks(model: Any, blocks: Any) -> Any:
+def with_blocks(model: Any, blocks: Any) -> Any:
     """A shallow copy of the model that calls `blocks` in place of its own; shares every weight."""
     view = copy.copy(model)
     view._modules = {name: module for name, module in model._modules.items() if name != "blocks"}

@@ -1,8 +1,7 @@
 """Warm start: bring a lean model close to its dense one, block by block, without labels, in minutes.
 
-Each block is first set in closed form (means, pooling) and then regressed: given the lean model's own input, all of
-    it trains
-towards the dense block's output on the same images. Known from post-training quantisation as block-wise
+Each block is first set in closed form (means, pooling) and then regressed: given the lean model's own input, all of it
+trains towards the dense block's output on the same images. Known from post-training quantisation as block-wise
 reconstruction (Li et al., BRECQ, arXiv 2102.05426).
 """
 
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
-from .model import LeanBlock, LeanModel, Tokens
+from .model import LeanBlock, LeanModel, Tokens, with_blocks
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -155,7 +154,6 @@ def _embed(
     lean: LeanVisionTransformer, vit: VisionTransformer, images: ImageSource, batch_size: int, limit: int
 ) -> _Features:
     from .data import image_batches
-    from .model import _with_blocks
 
     batches: list[Tokens] = []
 
@@ -163,10 +161,10 @@ def _embed(
         batches.append(lean.blocks.tokens(x, track=True))
         return x
 
-    embed = _with_blocks(vit, capture)
+    embed = with_blocks(vit, capture)
     embed._modules["norm"] = nn.Identity()
     for batch in image_batches(images, vit, batch_size, limit):
-        embed.forward_features(batch)
+        embed.forward_features(batch.to(vit.patch_embed.proj.weight))
     return _Features(batches)
 
 

@@ -68,8 +68,8 @@ class DGSSA(Method):
             count = auto_count(layers, default=max(1, plan.depth // 3))
             if count > plan.first_reduction:
                 raise MethodError(
-                    f"dgssa: layers={layers!r} asks for {count} layers and only {plan.first_reduction} come "
-                    f"before tokens are reduced"
+                    f"dgssa: layers={layers!r} asks for {count} layers and only {plan.first_reduction} come before "
+                    "tokens are reduced"
                 )
             variance = {layer.index: layer.relative_variance for layer in plan.statistics[: plan.first_reduction]}
             layers = tuple(sorted(sorted(variance, key=lambda index: variance[index])[:count]))

@@ -34,10 +34,9 @@ class GLAD(Method):
     """Aggregate tokens in stages: the global aggregation pyramid of later layers.
 
     Args:
-        at: Blocks in front of which a stage sits, rising; empty places three at 1/2, 2/3 and 5/6 of the depth (6, 8,
-            10 of 12);
-            ``"auto"`` or ``"auto:K"`` places three or K by the effective rank of the attention that follows, which
-            needs images.
+        at: Blocks in front of which a stage sits; empty places three at 1/2, 2/3 and 5/6 of the depth (6, 8, 10 of
+            12). ``"auto"`` or ``"auto:K"`` places three or K by the effective rank of the attention that follows,
+            which needs images.
         keep: Share of the tokens that leave a stage, one for all or one each: ``0.5`` makes 196 → 98 → 49 → 24.
 
     Raises:
@@ -173,10 +172,9 @@ def place_stages(ranks: Sequence[float], keeps: Sequence[float], tokens: int) ->
         if not places:
             found = ", ".join(f"{rank:.0f}" for rank in ranks)
             raise MethodError(
-                f"glad: no place for stage {len(at) + 1} of {len(keeps)}: {tokens} tokens would be fewer "
-                f"than the effective "
-                f"rank of the attention that follows ({found} by layer); use fewer stages, a larger keep, "
-                f"or name the blocks"
+                f"glad: no place for stage {len(at) + 1} of {len(keeps)}: {tokens} tokens would be fewer than the "
+                f"effective rank of the attention that follows ({found} by layer); use fewer stages, a larger keep, "
+                "or name the blocks"
             )
         at.append(places[0])
     return tuple(at)

@@ -31,10 +31,9 @@ def linear(
 ) -> Tensor:
     """A linear layer and the GELU or residual addition behind it; arguments and result of `linear_reference`.
 
-    On a CPU it goes to oneDNN, which adds the bias and does what follows while the product is in registers: nothing
-        the size of an
-    MLP's hidden layer is written twice. oneDNN's fp32 product alone takes half the time of torch's default (MKL) on AMD
-    processors, and is fastest where the weight lies column by column (`column_major`).
+    On a CPU it goes to oneDNN, which adds the bias and does what follows while the product is in registers: nothing the
+    size of an MLP's hidden layer is written twice. oneDNN's fp32 product alone takes half the time of torch's default
+    (MKL) on AMD processors, and is fastest where the weight lies column by column (`column_major`).
     """
     if not _takes_onednn(x, weight):
         return linear_reference(x, weight, bias, gelu=gelu, residual=residual)

@@ -37,9 +37,8 @@ def static_attention(static: Tensor, v: Tensor) -> Tensor:
         mixed = static @ v.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, N, d)
         return mixed.transpose(1, 2).flatten(2)
     # One batched product a head reads S from cache for all images and the head's values where they lie. The broadcast
-    # product
-    # above copies S and V for every image and head, and one (N×N)·(N×(B·d)) product leaves the cache: within DeiT-T
-    # at 224 px, 32 images and six static layers, both make the whole model 3 to 15 % slower (fp32 and bf16, two cores).
+    # product above copies S and V for every image and head, and one (N×N)·(N×(B·d)) product leaves the cache: within
+    # DeiT-T at 224 px, 32 images and six static layers, both make the whole model 3 to 15 % slower (fp32 and bf16).
     out = torch.empty_like(v)
     for matrix, values, place in zip(static, v.chunk(heads, -1), out.chunk(heads, -1), strict=True):
         place.copy_(torch.bmm(matrix.expand(v.shape[0], -1, -1), values))
