@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for size in args.img_size for row in at_size(size, args)]
     table = Table(rows, title="DeiT-T, deployed forms against dense")
-    table.print()
+    print(table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.output.with_suffix(".csv"))
     table.to_json(args.output.with_suffix(".json"), environment=environment())

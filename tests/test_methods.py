@@ -195,3 +195,22 @@ def test_resizing_untrained_glad_is_pooling_on_the_new_grid():
     fresh.set_input_size((48, 48))
     images = photos(fresh)
     assert torch.allclose(lean(images), leanvit.slim(fresh, leanvit.GLAD(at=(1, 2)))(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "heads", "depth"), [(48, 3, 4), (96, 4, 6)])
+def test_macs_equal_the_formulas(width, heads, depth):
+    """METHODS.md: a static block costs 2·N·C² + N²·C, a stage of GLAD 2·N·C·M, the MLP 8·N·C²."""
+    vit = small_vit(embed_dim=width, num_heads=heads, depth=depth)
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers=(0, 1)), leanvit.GLAD(at=(2, 3)))
+
+    def mlp(tokens):
+        return 8 * tokens * width**2
+
+    def dense(tokens):
+        return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp(tokens)
+
+    static = 2 * 17 * width**2 + 17**2 * width + mlp(17)
+    stages = 2 * 16 * width * 8 + 2 * 8 * width * 4
+    ends = 16 * (3 * 8 * 8) * width + width * 10  # patch embedding and head
+    expected = 2 * static + stages + dense(9) + (depth - 3) * dense(5) + ends
+    assert leanvit.count(lean).macs == pytest.approx(expected, rel=1e-3)

@@ -40,7 +40,7 @@ def linear(
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")  # type: ignore[no-any-return]
     post = "gelu" if gelu else "none"
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], gelu)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, post, [], gelu)  # type: ignore[no-any-return]
 
 
 def column_major(weight: Tensor) -> Tensor:
@@ -48,13 +48,16 @@ def column_major(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t()
 
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
+        _HAS_ONEDNN
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and x.is_cpu
+        and (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
+        and x.dtype is weight.dtype
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
     )
