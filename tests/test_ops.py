@@ -99,11 +99,19 @@ def test_partition_is_even_and_compact(grid, share):
     assert sizes.min() >= 1 and len(sizes) == cells and sizes.max() <= -(-len(positions) // cells) + 1
     centres = cell_centres(positions, labels, cells)
     radius = (positions - centres[labels]).norm(dim=1).max()
-    assert radius <= 1.5 * (sizes.max() ** 0.5) / min(1e9, *(g for g in grid if g > 1))
+    assert radius <= 1.5 * sizes.max() ** 0.5 / max(grid) or min(grid) == 1
 
 
 def test_partition_halves_a_grid_in_straight_lines():
     assert partition(grid_positions((2, 4)), 2).tolist() == [0, 0, 1, 1] * 2
+
+
+def test_partition_of_a_grid_that_divides_is_square():
+    positions = grid_positions((14, 14))
+    for _ in range(2):  # 196 → 98 → 49: pairs of patches, then squares of four
+        labels = partition(positions, len(positions) // 2)
+        positions = cell_centres(positions, labels, len(positions) // 2)
+    assert torch.allclose(positions, grid_positions((7, 7)))
 
 
 def test_aggregation_weights_sum_to_one():

@@ -58,7 +58,7 @@ class LeanModule(nn.Module):
 
         Args:
             old, new: Height and width of the patch grid.
-            positions: Where the tokens that enter lie on the new grid, ``(M, 2)`` in [0, 1].
+            positions: Where the tokens that enter lie on the new grid, ``(M, 2)`` as `grid_positions`.
 
         Returns:
             Where the tokens that leave lie.
@@ -164,9 +164,8 @@ class Plan:
 
 
 def grid_positions(grid: Grid) -> Tensor:
-    """Centres of the patches of a grid, row by row: ``(h·w, 2)`` as (y, x) in [0, 1]."""
-    y = (torch.arange(grid[0], dtype=torch.float64) + 0.5) / grid[0]
-    x = (torch.arange(grid[1], dtype=torch.float64) + 0.5) / grid[1]
+    """Centres of the patches of a grid, row by row: ``(h·w, 2)`` as (y, x), the longer side being 1."""
+    y, x = ((torch.arange(count, dtype=torch.float64) + 0.5) / max(grid) for count in grid)
     return torch.cartesian_prod(y, x)
 
 

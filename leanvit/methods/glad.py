@@ -149,7 +149,8 @@ class Aggregation(LeanModule):
 
 
 def nearest(points: Tensor, others: Tensor) -> Tensor:
-    """Index of the nearest of `others` ``(K, 2)`` to each of `points` ``(N, 2)``."""
+    """Index of the nearest of `others` ``(K, 2)`` to each of `points` ``(N, 2)``, both stretched to a square."""
+    points, others = (positions / (positions.amin(dim=0) + positions.amax(dim=0)) for positions in (points, others))
     return torch.cdist(points, others).argmin(dim=1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,10 @@ def aggregation_weights(scores: Tensor) -> Tensor:
 
 
 def partition(positions: Tensor, cells: int) -> Tensor:
-    """Split tokens into compact cells of nearly equal size, by halving the longer side again and again.
+    """Split tokens into compact cells of nearly equal size.
+
+    Tokens on a grid that the cells divide get rectangles, as square as can be; others are halved along their longer
+    side, again and again.
 
     Args:
         positions: Where each token lies, ``(N, 2)``.
@@ -21,6 +26,30 @@ def partition(positions: Tensor, cells: int) -> Tensor:
     Returns:
         The cell of each token, ``(N,)``, each of ``0 … cells − 1`` used at least once.
     """
+    regular = _rectangles(positions, cells)
+    return _halves(positions, cells) if regular is None else regular
+
+
+def _rectangles(positions: Tensor, cells: int) -> Tensor | None:
+    (rows, row), (columns, column) = (
+        positions[:, axis].round(decimals=6).unique(return_inverse=True) for axis in (0, 1)
+    )
+    height, width = len(rows), len(columns)
+    if height * width != len(positions):
+        return None
+    sizes = [(h, w) for h in _divisors(height) for w in _divisors(width) if height * width == cells * h * w]
+    if not sizes:
+        return None
+    spacing = (rows[0] + rows[-1]) / height, (columns[0] + columns[-1]) / width
+    h, w = min(sizes, key=lambda size: abs(math.log(size[0] * spacing[0] / (size[1] * spacing[1]))))
+    return row // h * (width // w) + column // w
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _halves(positions: Tensor, cells: int) -> Tensor:
     labels = torch.empty(len(positions), dtype=torch.long)
     todo = [(torch.arange(len(positions)), 0, cells)]
     while todo:
