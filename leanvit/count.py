@@ -141,13 +141,14 @@ aten = torch.ops.aten
 _FORMULAS: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     aten._scaled_dot_product_fused_attention_overrideable: _sdpa,
-    torch.ops.mkldnn._linear_pointwise: _fused_linear,
     aten.mv: lambda a, b, **_: 2 * math.prod(a),
     aten.addmv: lambda c, a, b, **_: 2 * math.prod(a),
     aten.dot: lambda a, b, **_: 2 * math.prod(a),
     aten.addbmm: lambda c, a, b, **_: 2 * math.prod(a) * b[-1],
     aten._int_mm: lambda a, b, **_: 2 * math.prod(a) * b[-1],
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in builds without oneDNN
+    _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _fused_linear
 # An operation of torch's own without a formula is free unless its name says otherwise; others need one.
 _KNOWN = ("aten", "prim", "prims", "profiler")
 _WORK = re.compile(r"attention|convolution|mm\b|_mm_|multi_head|encoder_layer")

@@ -19,6 +19,10 @@ class FastLinear(nn.Linear):
 
     gelu: str = ""
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.weight = nn.Parameter(column_major(self.weight.detach()), self.weight.requires_grad)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return linear(input, self.weight, self.bias, gelu=self.gelu, residual=residual)
 

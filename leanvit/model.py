@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, to_2tuple
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import DeployError, InputSizeError, MethodError, RestoreError, UnsupportedModelError
+from .record import recompute_like_now
 
 if TYPE_CHECKING:
     from .data import ImageSource
@@ -135,7 +136,7 @@ class LeanBlocks(nn.Sequential):
     def step(self, block: nn.Module, tokens: Tokens) -> Tokens:
         """Pass tokens through one block, its activations recomputed in the backward pass if so asked."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, use_reentrant=False)
+            return checkpoint(block, tokens, use_reentrant=False, context_fn=recompute_like_now)
         return block(tokens)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -236,8 +237,32 @@ class LeanModel:
         """Make the model fit another input or patch size, positional parameters of the methods included."""
         if self.lean.deployed and self.lean.methods:
             raise DeployError("a deployed model has no way to another input size; resize the lean model, then deploy")
+        grid = self._grid_of(img_size, patch_size)
+        for block in self.blocks:
+            for module in block.lean_modules():
+                module.check_grid(grid)
         super().set_input_size(img_size=img_size, patch_size=patch_size)  # type: ignore[misc]
         self.blocks.resize(self.patch_embed.grid_size)  # type: ignore[attr-defined]
+
+    def _grid_of(self, img_size: Any, patch_size: Any) -> Grid:
+        patches = self.patch_embed  # type: ignore[attr-defined]
+        size = to_2tuple(patches.img_size if img_size is None else img_size)
+        patch = to_2tuple(patches.patch_size if patch_size is None else patch_size)
+        if any(pixels % side for pixels, side in zip(size, patch, strict=True)):
+            raise InputSizeError(
+                f"an image of {size[0]}×{size[1]} does not divide into patches of {patch[0]}×{patch[1]}; "
+                "use a multiple of the patch size"
+            )
+        return size[0] // patch[0], size[1] // patch[1]
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's names of parameters without weight decay, and those of the methods."""
+        names = {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()  # type: ignore[attr-defined]
+            for name in getattr(module, "no_decay", ())
+        }
+        return names | super().no_weight_decay()  # type: ignore[misc]
 
     def new_parameter_names(self) -> set[str]:
         """Names of the parameters that the methods added; all others are inherited."""
@@ -276,13 +301,11 @@ def slim(model: nn.Module, *methods: Method, images: ImageSource | None = None) 
         MethodError: A method does not fit the model or the methods before it.
         ConfigError: A parameter is to be measured and there are no images.
     """
-    return build(model, methods, images=images)
+    return build(model, methods, images)
 
 
-def build(
-    model: nn.Module, methods: Sequence[Method], *, images: ImageSource | None = None, deployed: bool = False
-) -> LeanVisionTransformer:
-    """`slim`, and the deployed form of it where that is asked for: the shape into which saved weights are loaded."""
+def build(model: nn.Module, methods: Sequence[Method], images: ImageSource | None = None) -> LeanVisionTransformer:
+    """`slim`, its methods in a sequence."""
     from .methods.base import Plan
 
     check_supported(model)
@@ -296,7 +319,7 @@ def build(
     check_order(lean)
     if lean.grad_checkpointing:
         lean.set_grad_checkpointing(True)
-    return deploy(lean) if deployed else lean
+    return lean
 
 
 def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:

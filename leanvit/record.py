@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -52,6 +52,21 @@ def record(*kinds: str) -> Iterator[Recorder]:
         yield recorder
     finally:
         _active.reset(token)
+
+
+def recompute_like_now() -> tuple[AbstractContextManager[None], AbstractContextManager[object]]:
+    """Contexts for `torch.utils.checkpoint`: what runs again offers to a recorder of its own, to run as it ran.
+
+    Without one, whatever was computed for the recorder would be missing in the second run.
+    """
+    recorder = _active.get()
+    return nullcontext(), nullcontext() if recorder is None else _again(recorder.kinds)
+
+
+@contextmanager
+def _again(kinds: frozenset[str]) -> Iterator[None]:
+    with record(*kinds):
+        yield
 
 
 def offer(kind: str, layer: int, value: Callable[[], Tensor]) -> None:

@@ -8,6 +8,7 @@ reconstruction (Li et al., BRECQ, arXiv 2102.05426).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ class BlockFit:
 
     Args:
         block: Its index.
-        before, after: Squared error of its output on held-out images, over the variance of the dense block's.
+        before, after: Squared error of its output on held-out images, over the variance of the dense block's. One
+            batch in eight is held out; where there is only one batch, it both fits and judges.
         kept: Whether the regression was kept; a block that did not improve has its closed-form start.
     """
 
@@ -67,8 +69,8 @@ def warm_start(
         images: A path, a data set, a loader or a tensor ``(B, 3, H, W)``.
         steps: Regression steps a block; 0 leaves the closed-form start.
         batch_size: Images a step.
-        limit: Use at most this many images. Memory holds the dense and the lean features of one block for all of them:
-            ``4·N·C`` bytes each an image.
+        limit: Use at most this many images. Memory holds the dense and the lean tokens of one block for all of them,
+            ``4·N·C`` bytes each an image, and where tokens were aggregated the map that did it, ``4·M·N`` bytes.
         lr: Peak learning rate of the regression.
         prefix_weight: Share of the prefix tokens (class, registers) in the error; the patch tokens have the rest.
         seed: Order of the batches.
@@ -81,18 +83,28 @@ def warm_start(
         ConfigError: The models do not belong together, or there are too few images.
     """
     check_pair(lean, vit)
-    if steps < 0 or batch_size < 1:
+    if steps < 0 or batch_size < 1 or lr <= 0 or not 0 <= prefix_weight <= 1:
         raise ConfigError(
-            f"warm start needs steps >= 0 and batch_size >= 1, got steps={steps}, batch_size={batch_size}"
+            "warm start needs steps >= 0, batch_size >= 1, lr > 0 and prefix_weight in [0, 1]; got "
+            f"steps={steps}, batch_size={batch_size}, lr={lr}, prefix_weight={prefix_weight}"
         )
     was_training = lean.training, vit.training
     lean.eval(), vit.eval()
-    features = _embed(lean, vit, images, batch_size, limit)
-    generator = torch.Generator().manual_seed(seed)
+    try:
+        features = _embed(lean, vit, images, batch_size, limit)
+        regression = _Regression(steps, lr, prefix_weight, torch.Generator().manual_seed(seed))
+        return _fit_blocks(lean, vit, features, regression, progress)
+    finally:
+        lean.train(was_training[0]), vit.train(was_training[1])
+
+
+def _fit_blocks(
+    lean: LeanVisionTransformer, vit: VisionTransformer, features: _Features, regression: _Regression, progress: bool
+) -> list[BlockFit]:
     fits = []
+    pairs: Iterator[tuple[Any, Any]] = zip(lean.blocks, vit.blocks, strict=True)
     with _progress_bar(not progress) as bar:
         task = bar.add_task("warm start", total=len(lean.blocks), note="")
-        pairs: Iterator[tuple[Any, Any]] = zip(lean.blocks, vit.blocks, strict=True)
         for index, (block, dense) in enumerate(pairs):
             for module in block.lean_modules():
                 module.start(dense, features.dense_inputs())
@@ -100,7 +112,7 @@ def warm_start(
                 features.advance_unchanged(dense)
             else:
                 features.advance_dense(dense)
-                fit = _fit_block(index, block, features, steps, lr, prefix_weight, generator)
+                fit = regression.fit(index, block, features)
                 features.advance_lean(block)
                 fits.append(fit)
                 note = f"block {index}: error {fit.before:.4f} → {fit.after:.4f}"
@@ -108,7 +120,6 @@ def warm_start(
                 if progress:
                     bar.console.print(note if fit.kept else f"{note} (not better, start kept)", highlight=False)
             bar.advance(task)
-    lean.train(was_training[0]), vit.train(was_training[1])
     return fits
 
 
@@ -128,13 +139,16 @@ class _Features:
     def dense_inputs(self) -> Iterator[Tensor]:
         return iter(self.dense)
 
+    # Batch by batch in place: one block's features are held, not two.
     @torch.no_grad()
     def advance_dense(self, dense: nn.Module) -> None:
-        self.dense = [dense(x) for x in self.dense]
+        for index, x in enumerate(self.dense):
+            self.dense[index] = dense(x)
 
     @torch.no_grad()
     def advance_lean(self, block: LeanBlock) -> None:
-        self.lean = [block(tokens) for tokens in self.lean]
+        for index, tokens in enumerate(self.lean):
+            self.lean[index] = block(tokens)
         self.changed = True
 
     def advance_unchanged(self, dense: nn.Module) -> None:
@@ -168,42 +182,53 @@ def _embed(
     return _Features(batches)
 
 
-def _fit_block(
-    index: int,
-    block: LeanBlock,
-    features: _Features,
-    steps: int,
-    lr: float,
-    prefix_weight: float,
-    generator: torch.Generator,
-) -> BlockFit:
-    """Regress one block; put it back where the held-out error does not fall."""
-    fit, held_out = features.pairs()
-    error = _Error(held_out, prefix_weight)
-    before = error.mean(block, held_out)
-    if not steps:
-        return BlockFit(index, before, before, kept=False)
-    start = copy.deepcopy(block.state_dict())
-    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    order: list[int] = []
-    for _ in range(steps):
-        order = order or torch.randperm(len(fit), generator=generator).tolist()
-        tokens, dense = fit[order.pop()]
+@dataclass(frozen=True)
+class _Regression:
+    """How a block is fitted; arguments as those of `warm_start`."""
+
+    steps: int
+    lr: float
+    prefix_weight: float
+    generator: torch.Generator
+
+    def fit(self, index: int, block: LeanBlock, features: _Features) -> BlockFit:
+        """Fit one block; put it back where the held-out error does not fall."""
+        fit, held_out = features.pairs()
+        error = _Error(held_out, self.prefix_weight)
+        before = error.mean(block, held_out)
+        start = copy.deepcopy(block.state_dict())
+        self._descend(block, fit, error)
+        after = error.mean(block, held_out)
+        kept = after < before
+        if not kept:
+            block.load_state_dict(start)
+        return BlockFit(index, before, after if kept else before, kept)
+
+    def _descend(self, block: LeanBlock, fit: Sequence[tuple[Tokens, Tensor]], error: _Error) -> None:
+        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _rise_and_fall((step + 1) / (self.steps + 1))
+        )
+        order: list[int] = []
+        for _ in range(self.steps):
+            order = order or torch.randperm(len(fit), generator=self.generator).tolist()
+            tokens, dense = fit[order.pop()]
+            optimizer.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                with torch.autocast(dense.device.type, torch.bfloat16):
+                    output = block(tokens)
+                error(output, dense).backward()
+            optimizer.step()
+            schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            with torch.autocast(dense.device.type, torch.bfloat16):
-                output = block(tokens)
-            error(replace(output, x=output.x.float()), dense).backward()
-        optimizer.step()
-        schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-    after = error.mean(block, held_out)
-    kept = after < before
-    if not kept:
-        block.load_state_dict(start)
-    return BlockFit(index, before, after if kept else before, kept)
+
+
+def _rise_and_fall(progress: float, rise: float = 0.1) -> float:
+    """Share of the peak learning rate: linear up to `rise`, then half a cosine down to nothing."""
+    if progress < rise:
+        return progress / rise
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - rise) / (1 - rise))
 
 
 class _Error:
@@ -214,11 +239,13 @@ class _Error:
         parts = [torch.cat([dense[:, :prefix].flatten(0, 1) for _, dense in pairs]) if prefix else None]
         parts.append(torch.cat([dense[:, prefix:].flatten(0, 1) for _, dense in pairs]))
         self.prefix = prefix
-        self.scales = [1.0 if part is None else float(part.var(dim=0).mean().clamp_min(1e-12)) for part in parts]
+        self.scales = [
+            1.0 if part is None else float(part.float().var(dim=0).mean().clamp_min(1e-12)) for part in parts
+        ]
         self.weights = (prefix_weight, 1 - prefix_weight) if prefix else (0.0, 1.0)
 
     def __call__(self, tokens: Tokens, dense: Tensor) -> Tensor:
-        difference = (tokens.x - tokens.reduce(dense)).square()
+        difference = (tokens.x.float() - tokens.reduce(dense).float()).square()
         parts = (difference[:, : self.prefix], difference[:, self.prefix :])
         terms = [
             weight * part.mean() / scale

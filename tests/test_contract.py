@@ -140,7 +140,7 @@ def test_tokens_of_the_dense_model_are_reduced_the_same_way(case):
     dense = vit.forward_features(images)
     assert tokens.reduce(dense).shape == tokens.x.shape
     assert torch.allclose(tokens.reduce(torch.ones_like(dense)), torch.ones_like(tokens.x), atol=1e-5)
-    assert torch.allclose(tokens.expand().mean(), tokens.expand().mean()) and tokens.expand().shape == dense.shape
+    assert tokens.expand().shape == dense.shape
     assert torch.allclose(lean.forward_head(tokens.x), lean(images), atol=1e-5)
 
 
@@ -193,7 +193,11 @@ def test_gradient_checkpointing_changes_nothing(case):
     for enable in (False, True):
         lean = leanvit.slim(vit, *case.methods())
         lean.set_grad_checkpointing(enable)
-        lean(images).square().sum().backward()
+        for method in lean.lean.methods:
+            method.set_progress(lean, 0.25)
+        with leanvit.record() as found:  # as in training: loss terms are computed on the way
+            loss = lean(images).square().sum()
+        (loss + sum(term for method in lean.lean.methods for term in method.losses(found).values())).backward()
         gradients.append(lean.blocks[0].mlp.fc1.weight.grad)
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
 

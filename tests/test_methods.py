@@ -27,6 +27,11 @@ BAD = [
     ("dgssa:guidance=soon", "guidance='soon' is not a number"),
     ("dgssa:guidance_weight=-1", "guidance_weight=-1 is negative"),
     ("dgssa:max_mb=0", "max_mb=0 is not positive"),
+    ("dgssa:layers=3-1", "'3-1' is an empty range"),
+    ("dgssa:guidance=nan", "guidance=nan is not a number"),
+    ("dgssa:layers=1,layers=2", "a parameter is given twice"),
+    ("dgssa+", "unknown method ''"),
+    ("", "unknown method ''"),
     ("glad:keep=0", "keep=0 is not in"),
     ("glad:keep=1.5", "keep=1.5 is not in"),
     ("glad:keep=half", "keep='half' is not in"),
@@ -63,6 +68,11 @@ def test_parameters_that_do_not_fit_the_model(text, message):
         leanvit.slim(vit, *parse(text), images=photos(vit))
 
 
+def test_no_layers_at_all():
+    with pytest.raises(leanvit.ConfigError, match="layers is empty"):
+        leanvit.DGSSA(layers=())
+
+
 def test_measured_parameters_need_images(tiny_vit):
     with pytest.raises(leanvit.ConfigError, match="'auto', which is measured: give images"):
         leanvit.slim(tiny_vit, leanvit.DGSSA(layers="auto:2"))
@@ -71,6 +81,7 @@ def test_measured_parameters_need_images(tiny_vit):
 def test_text_and_python_give_the_same():
     expected = (leanvit.DGSSA(layers="auto:4", guidance=0.25), leanvit.GLAD(at=(6, 8, 10), keep=0.5))
     assert parse("dgssa:layers=auto:4,guidance=0.25+glad:at=6,8,10,keep=0.5") == expected
+    assert parse("dgssa:layers=0-2,5") == (leanvit.DGSSA(layers=(0, 1, 2, 5)),)
     assert parse("dgssa:layers=1-3") == (leanvit.DGSSA(layers=(1, 2, 3)),)
     assert parse("glad:at=6") == (leanvit.GLAD(at=6),) == (leanvit.GLAD(at=[6]),)
 

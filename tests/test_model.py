@@ -8,11 +8,11 @@ import re
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 import leanvit
 from leanvit.model import LeanBlocks
-from leanvit.ops.linear import linear  # noqa: F401  (the deployed form's own product)
 
 from .contract import MODELS, photos, small_vit
 
@@ -86,15 +86,9 @@ def test_other_models_are_refused_by_name():
 
 def test_other_blocks_are_refused_by_name():
     with pytest.raises(leanvit.UnsupportedModelError, match="block 0 is a ResPostBlock"):
-        leanvit.slim(timm.create_model("vit_relpos_small_patch16_rpn_224") if False else _with_block())
+        leanvit.slim(small_vit(block_fn=ResPostBlock, init_values=1e-5))
     with pytest.raises(leanvit.UnsupportedModelError, match="block 0 uses DiffAttention"):
         leanvit.slim(small_vit(attn_layer="diff", num_heads=2))
-
-
-def _with_block():
-    from timm.models.vision_transformer import ResPostBlock
-
-    return small_vit(block_fn=ResPostBlock, init_values=1e-5)
 
 
 def test_a_lean_model_is_not_slimmed_again(tiny_vit):
@@ -139,3 +133,26 @@ def test_print_shows_methods_and_blocks(tiny_vit):
     text = repr(leanvit.slim(tiny_vit, leanvit.DGSSA(layers=(0,)), leanvit.GLAD(at=(2,))))
     assert re.search(r"method=dgssa:layers=0\+glad:at=2, deployed=False", text)
     assert "(0): static attention, 3 heads of 17×17" in text and "(2): glad 16→8 tokens, dense" in text
+
+
+def test_a_deployed_model_keeps_its_layout_when_loaded(tiny_vit, tmp_path):
+    """What is timed is what ships: the weights' order in memory is part of the deployed form."""
+    fast = leanvit.deploy(leanvit.slim(tiny_vit, leanvit.GLAD(at=(2,))))
+    leanvit.save(fast, tmp_path / "fast")
+    strides = [parameter.stride() for parameter in fast.parameters()]
+    assert [parameter.stride() for parameter in leanvit.load(tmp_path / "fast").parameters()] == strides
+
+
+def test_a_size_that_patches_do_not_divide_is_refused_before_anything_changes(tiny_vit):
+    lean = leanvit.slim(tiny_vit, leanvit.DGSSA(layers=(0,), max_mb=0.01))
+    state = {key: value.shape for key, value in lean.state_dict().items()}
+    with pytest.raises(leanvit.InputSizeError, match="45×45 does not divide into patches of 8×8"):
+        lean.set_input_size(45)
+    with pytest.raises(leanvit.MethodError, match="over max_mb"):
+        lean.set_input_size(96)
+    assert {key: value.shape for key, value in lean.state_dict().items()} == state
+
+
+def test_parameters_of_the_methods_can_go_without_weight_decay(tiny_vit):
+    lean = leanvit.slim(tiny_vit, leanvit.DGSSA(layers=(0,)), leanvit.GLAD(at=(2,)))
+    assert {"blocks.0.attn.logits", "blocks.2.stages.glad.bias", "pos_embed"} <= lean.no_weight_decay()

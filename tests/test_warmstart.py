@@ -35,6 +35,19 @@ def test_a_block_that_does_not_improve_keeps_its_start():
     assert all(torch.allclose(value, start[key], atol=1e-6) for key, value in lean.state_dict().items())
 
 
+@pytest.mark.parametrize("steps", [1, 9, 10, 11])
+def test_any_number_of_steps(steps):
+    lean, vit = lean_and_vit()
+    assert leanvit.warm_start(lean, vit, photos(vit, 8), steps=steps, batch_size=4, progress=False)
+
+
+def test_a_model_in_bf16():
+    lean, vit = lean_and_vit()
+    images = photos(vit, 32).bfloat16()
+    fits = leanvit.warm_start(lean.bfloat16(), vit.bfloat16(), images, steps=20, batch_size=4, progress=False)
+    assert any(fit.kept for fit in fits)
+
+
 def test_blocks_before_the_first_change_are_left_out():
     lean, vit = lean_and_vit()
     fits = leanvit.warm_start(lean, vit, photos(vit, 8), steps=1, batch_size=4, progress=False)
@@ -78,6 +91,10 @@ def test_bad_input():
         leanvit.warm_start(lean, small_vit(depth=3), images)
     with pytest.raises(leanvit.ConfigError, match="steps=-1"):
         leanvit.warm_start(lean, vit, images, steps=-1)
+    with pytest.raises(leanvit.ConfigError, match=r"lr=-1"):
+        leanvit.warm_start(lean, vit, images, lr=-1)
+    with pytest.raises(leanvit.ConfigError, match=r"prefix_weight=3"):
+        leanvit.warm_start(lean, vit, images, prefix_weight=3)
     with pytest.raises(leanvit.LeanVitError, match="no images to work with"):
         leanvit.warm_start(lean, vit, images[:0])
 

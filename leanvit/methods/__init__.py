@@ -48,11 +48,14 @@ def parse(text: str) -> tuple[Method, ...]:
         ConfigError: The text cannot be read, or names something that is not known.
     """
     methods = []
-    for part in filter(None, text.split("+")):
+    for part in text.split("+"):
         name, _, rest = part.strip().partition(":")
         cls = _find(name)
         # A comma separates parameters only where a name and "=" follow: values may be lists.
-        params = dict(_parameter(name, piece) for piece in re.split(r",(?=\s*\w+=)", rest) if rest)
+        pieces = [_parameter(name, piece) for piece in re.split(r",(?=\s*\w+=)", rest) if rest]
+        params = dict(pieces)
+        if len(params) < len(pieces):
+            raise ConfigError(f"{name}: a parameter is given twice in {rest!r}")
         _check_names(cls, params)
         methods.append(cls(**{key: _value(value) for key, value in params.items()}))
     return tuple(methods)
@@ -82,9 +85,12 @@ def _value(text: str) -> Any:
     """A value of `--method` text: a list ``6,8,10`` or ``1-4``, a number, true or false, else the text itself."""
     if re.fullmatch(r"\d+-\d+", text):
         first, last = map(int, text.split("-"))
+        if last < first:
+            raise ConfigError(f"{text!r} is an empty range; write the lower block first")
         return tuple(range(first, last + 1))
     if "," in text:
-        return tuple(_value(item) for item in text.split(",") if item)
+        values = [_value(item) for item in text.split(",") if item]
+        return tuple(item for value in values for item in (value if isinstance(value, tuple) else (value,)))
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for number in (int, float):

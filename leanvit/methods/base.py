@@ -53,6 +53,12 @@ class LeanModule(nn.Module):
     def original(self) -> None:
         """Turn back into the dense module it was made of, if it was made of one."""
 
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    """Its parameters that training leaves without weight decay."""
+
+    def check_grid(self, grid: Grid) -> None:
+        """Refuse a patch grid that it cannot be resized to."""
+
     def resize(self, old: Grid, new: Grid, positions: Tensor) -> Tensor:
         """Fit another patch grid.
 

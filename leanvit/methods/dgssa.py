@@ -6,6 +6,7 @@ parametrising by logits are ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -52,8 +53,10 @@ class DGSSA(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", block_indices(self.name, "layers", self.layers))
+        if not self.layers:
+            raise ConfigError("dgssa: layers is empty; name blocks to replace, or 'auto'")
         for name in ("guidance", "guidance_weight", "max_mb"):
-            if not isinstance(getattr(self, name), (int, float)):
+            if not isinstance(getattr(self, name), (int, float)) or not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"dgssa: {name}={getattr(self, name)!r} is not a number")
         if not 0 <= self.guidance <= 1:
             raise ConfigError(f"dgssa: guidance={self.guidance} is not in [0, 1]")
@@ -95,6 +98,7 @@ class StaticAttention(LeanModule, Attention):
 
     method: ClassVar[str] = DGSSA.name
     needs_all_tokens: ClassVar[bool] = True
+    no_decay: ClassVar[tuple[str, ...]] = ("logits",)
 
     layer: int
     prefix: int
@@ -150,9 +154,9 @@ class StaticAttention(LeanModule, Attention):
     @torch.no_grad()
     def start(self, dense: Any, inputs: Iterable[Tensor]) -> None:
         """S starts as the mean of the dense layer's attention over the images."""
-        total, images = torch.zeros_like(self.logits), 0
+        total, images = torch.zeros_like(self.logits, dtype=torch.float32), 0
         for x in inputs:
-            total += attention_map(dense.attn, dense.norm1(x)).sum(dim=0)
+            total += attention_map(dense.attn, dense.norm1(x)).float().sum(dim=0)
             images += len(x)
         self.logits.copy_((total / images).clamp_min(1e-8).log())
 
@@ -167,9 +171,11 @@ class StaticAttention(LeanModule, Attention):
     def deployed(self) -> nn.Module:
         return DeployedStaticAttention(self)
 
+    def check_grid(self, grid: Grid) -> None:
+        check_memory(self.num_heads, self.prefix + grid[0] * grid[1], self.config.max_mb)
+
     @torch.no_grad()
     def resize(self, old: Grid, new: Grid, positions: Tensor) -> Tensor:
-        check_memory(self.num_heads, self.prefix + new[0] * new[1], self.config.max_mb)
         static = resize_static(self.static, self.prefix, old, new)
         self.logits = nn.Parameter(static.clamp_min(1e-12).log(), self.logits.requires_grad)
         return positions

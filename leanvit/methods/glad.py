@@ -101,6 +101,7 @@ class Aggregation(LeanModule):
 
     method: ClassVar[str] = GLAD.name
     reduces_tokens: ClassVar[bool] = True
+    no_decay: ClassVar[tuple[str, ...]] = ("bias",)
 
     def __init__(self, dim: int, positions: Tensor, keep: float, layer: int) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Aggregation(LeanModule):
 
     def _lay_out(self, positions: Tensor) -> None:
         self.positions = positions
-        self.count = max(1, int(len(positions) * self.keep))
+        self.count = max(1, int(len(positions) * self.keep + 1e-9))
         self.cells = partition(positions, self.count)
         self.positions_out = cell_centres(positions, self.cells, self.count)
 
@@ -167,7 +168,7 @@ def place_stages(ranks: Sequence[float], keeps: Sequence[float], tokens: int) ->
     """
     at: list[int] = []
     for keep in keeps:
-        tokens = max(1, int(tokens * keep))
+        tokens = max(1, int(tokens * keep + 1e-9))
         earliest = at[-1] + 1 if at else 1
         places = [block for block in range(earliest, len(ranks)) if max(ranks[block:]) <= tokens]
         if not places:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import needs_gradient
+
 SMALL = 32e6
 """Bytes of attention maps, all images and heads, that are formed; beyond, the fused kernel, which forms none."""
 
@@ -28,6 +30,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _forms_the_map(q: Tensor) -> bool:
     batch, heads, tokens, _ = q.shape
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    if q.dtype is not torch.bfloat16 or not q.is_cpu or needs_gradient(q) or torch.compiler.is_compiling():
         return False
     return batch * tokens >= 128 and batch * heads * tokens**2 * q.element_size() <= SMALL

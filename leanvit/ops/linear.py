@@ -48,16 +48,28 @@ def column_major(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t()
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd must see what is done with these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return ()
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return (torch.float32,)
+    return torch.float32, torch.bfloat16
+
+
+_ONEDNN_DTYPES = _onednn_dtypes()
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        _HAS_ONEDNN
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and x.is_cpu
-        and (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
+        x.is_cpu
+        and x.dtype in _ONEDNN_DTYPES
         and x.dtype is weight.dtype
+        and not needs_gradient(x, weight)
+        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
