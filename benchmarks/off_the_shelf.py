@@ -1,4 +1,4 @@
-"""Protocol 1: what accuracy is left without a label and without training, after minutes of warm start.
+"""What accuracy is left without a label and without training, after minutes of warm start.
 
 DeiT-T with 1000 classes is slimmed, warm-started on unlabelled photos of ten classes and measured on photos of 500.
 

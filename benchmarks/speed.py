@@ -1,4 +1,4 @@
-"""Protocol 3: how fast the deployed forms are, against the dense DeiT-T in the same run, turn by turn.
+"""How fast the deployed forms are, against the dense DeiT-T in the same run, turn by turn.
 
     python benchmarks/speed.py
 

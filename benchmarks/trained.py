@@ -1,4 +1,4 @@
-"""Protocol 2: what accuracy a lean DeiT-T keeps after distillation, and what its parts are worth.
+"""What accuracy a lean DeiT-T keeps after distillation, and what its parts are worth.
 
 A DeiT-T is fine-tuned on ten classes (the teacher); students are slimmed from it, warm-started and distilled from it.
 Writes one row a student; a row that is there already is not run again, so the command can be stopped and continued.

@@ -210,7 +210,7 @@ def test_resizing_untrained_glad_is_pooling_on_the_new_grid():
 
 @pytest.mark.parametrize(("width", "heads", "depth"), [(48, 3, 4), (96, 4, 6)])
 def test_macs_equal_the_formulas(width, heads, depth):
-    """METHODS.md: a static block costs 2·N·C² + N²·C, a stage of GLAD 2·N·C·M, the MLP 8·N·C²."""
+    """A static block costs 2·N·C² + N²·C, a stage of GLAD 2·N·C·M, the MLP 8·N·C²."""
     vit = small_vit(embed_dim=width, num_heads=heads, depth=depth)
     lean = leanvit.slim(vit, leanvit.DGSSA(layers=(0, 1)), leanvit.GLAD(at=(2, 3)))
 
