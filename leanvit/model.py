@@ -74,8 +74,8 @@ class Tokens:
     def expand(self) -> Tensor:
         """Put the tokens back on the full grid: ``(B, P + M, C)`` → ``(B, P + h·w, C)``.
 
-        Each patch becomes the mean of the tokens it went into, weighted by its share in them: what dense prediction needs
-        (Yu et al., 2023, arXiv 2310.07664).
+        Each patch becomes the mean of the tokens it went into, weighted by its share in them (Yu et al., 2023, arXiv
+        2310.07664).
         """
         if not self.reduced:
             return self.x
