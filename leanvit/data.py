@@ -174,6 +174,12 @@ def open_data(
     )
 
 
+def class_names(dataset: Dataset[Any], model: nn.Module) -> list[str] | None:
+    """The names of a model's classes where the data has one for each."""
+    names = getattr(dataset, "classes", [])
+    return names if len(names) == getattr(model, "num_classes", None) else None
+
+
 def data_config(model: nn.Module) -> dict[str, Any]:
     """The preprocessing a model asks for: its `pretrained_cfg`, with the input size and channels it has now.
 
@@ -322,7 +328,7 @@ def _prepare(
         options = {**(DIGITS_AUGMENT if is_digits else {}), **(augment or {})} if training else {}
         try:
             transform = create_transform(**config, is_training=training, **options)
-        except TypeError as reason:
+        except (TypeError, ValueError, AssertionError) as reason:
             raise ConfigError(f"timm does not know this augmentation: {reason}") from None
     return ImageData(reader, path, transform, mode=IMAGE_MODES[channels], **labelling)
 

@@ -3,6 +3,7 @@ ships."""
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,15 +20,15 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .bench import bench, peak_memory, realised_share
-from .count import Cost, Share, count, deployed_form, evaluating
+from .bench import PRECISIONS, bench, peak_memory, realised_share
+from .count import Cost, Share, count, deployed_form, evaluating, input_size
 from .data import loader, open_data
 from .errors import ConfigError, DataError, UnsupportedModelError
 from .objective import Teacher
 from .report.tables import Row, Table
 
 if TYPE_CHECKING:
-    from .data import ImageSource
+    from .data import ClassMap, ImageSource
 
 __all__ = [
     "Cost",
@@ -98,7 +99,7 @@ def evaluate(
     """Classify every image of a data set and compare with the labels and, in the same pass, with a teacher.
 
     The model is evaluated as it is, on `device`, where it stays; a lean model in training with its dynamic
-    part still on is not what ships, so deploy it first.
+    part still on is not what ships, so deploy it first. Images are given in the precision of its weights.
 
     Args:
         model: A classifier ``(B, channels, H, W)`` → ``(B, classes)``.
@@ -112,8 +113,9 @@ def evaluate(
         progress: Show a progress bar.
 
     Raises:
-        ConfigError: An argument is out of range, or the teacher has other classes.
+        ConfigError: An argument is out of range, or the teacher has other classes or takes another size.
         DataError: No images, too many damaged ones, or labels the model has no class for.
+        InputSizeError: The model does not take images of this size.
         UnsupportedModelError: The model is no classifier.
     """
     if amp not in AMP:
@@ -126,19 +128,23 @@ def evaluate(
         )
     if isinstance(data, str | os.PathLike):
         data = open_data(data, model)
+    if not isinstance(data, Dataset | DataLoader):
+        raise DataError(f"labelled images are given as a path, a data set or a loader, not a {type(data).__name__}")
     batches = data if isinstance(data, DataLoader) else loader(data, batch_size, workers=workers)
     device = torch.device(device)
     model.to(device)
-    guide = None if teacher is None else Teacher(teacher.to(device), model, tokens=False)
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
     autocast = torch.autocast(device.type, AMP[amp]) if amp else nullcontext()
     counts = _Counts()
-    with evaluating(model), evaluating(teacher or model), torch.inference_mode(), autocast:
+    with evaluating(model), evaluating(model if teacher is None else teacher), torch.inference_mode(), autocast:
+        guide = None if teacher is None else Teacher(teacher.to(device), model, tokens=False)
         for images, labels in track(
             batches, "evaluating", console=Console(stderr=True), transient=True, disable=not progress
         ):
             if len(images):
                 images = images.to(device, non_blocking=True)
-                counts.add(model(images), labels, None if guide is None else guide(images)[0])
+                input_size(model, images.shape[-2:])
+                counts.add(model(images.to(dtype or images.dtype)), labels, None if guide is None else guide(images)[0])
     return counts.result(_damaged(batches.dataset), agreement=teacher is not None)
 
 
@@ -194,6 +200,8 @@ def compare(
     lean: nn.Module | Mapping[str, nn.Module],
     data: str | os.PathLike[str] | Dataset[Any] | DataLoader[Any],
     *,
+    split: str | None = None,
+    class_map: ClassMap = "",
     img_size: int | tuple[int, int] | None = None,
     images: ImageSource | None = None,
     batch_sizes: Sequence[int] = (1, 32),
@@ -207,30 +215,49 @@ def compare(
 ) -> Table:
     """Accuracy, MACs, latency, throughput and memory of lean models beside the dense one's, in one table.
 
-    Lean models are deployed first: what is measured is what ships. Accuracy is taken once, in fp32.
+    Lean models are deployed first: what is measured is what ships. Accuracy is taken in each precision, weights
+    and images cast as for the timing.
 
     Args:
-        dense: The dense model, also the teacher whose predictions `agreement` refers to.
+        dense: The dense model, also the teacher whose predictions in fp32 `agreement` refers to.
         lean: A lean model, or several by name.
         data: Labelled images, as `evaluate` takes them; a path is opened for each model as it needs.
+        split, class_map: How a path is opened; see `open_data`.
         eval_batch_size: Images a batch when taking accuracy.
         workers: Processes that read images.
         img_size, images, batch_sizes, precisions, threads, iterations, device, progress: See `bench`.
+
+    Raises:
+        ConfigError: There is nothing to compare with, an argument is out of range, or a model takes images of
+            another size than the dense one.
+        DataError: The data is missing, damaged or of other classes.
+        InputSizeError: A model does not take the images' size.
     """
     models = {"dense": dense, **(lean if isinstance(lean, Mapping) else {"lean": lean})}
     if lean is dense or len(models) < 2:
         raise ConfigError("nothing to compare with: give the dense model, then lean ones, none of them named 'dense'")
+    by_path = isinstance(data, str | os.PathLike)
+    if not by_path and (split or class_map):
+        raise ConfigError("split and class_map say how a path is opened; this data is open already")
     models = {name: deployed_form(model) for name, model in models.items()}
+    opened = {
+        name: open_data(data, model, split=split, class_map=class_map) if by_path else data  # type: ignore[arg-type]
+        for name, model in models.items()
+    }
+    teacher = _in_precision(dense, "fp32")
+    for model in models.values():  # one that does not fit is to be known before the work starts
+        Teacher(teacher, model, tokens=False)
     results = {
-        name: evaluate(
-            model,
-            data,
-            teacher=None if model is dense else dense,
+        (name, precision): evaluate(
+            _in_precision(model, precision),
+            opened[name],
+            teacher=None if name == "dense" else teacher,
             batch_size=eval_batch_size,
             workers=workers,
             device=device,
             progress=progress,
         )
+        for precision in precisions
         for name, model in models.items()
     }
     rows = bench(
@@ -245,16 +272,22 @@ def compare(
         progress=progress,
     )
     for row in rows:
-        result = results[row["model"]]
+        result, reference = results[row["model"], row["precision"]], results["dense", row["precision"]]
         row |= result.row()
         if row["model"] != "dense":
-            row |= {"top1_diff": result.top1 - results["dense"].top1, "teacher": "dense"}
-    return Table(rows, title=f"{_name(dense)}, {results['dense'].count} images")
+            row |= {"top1_diff": result.top1 - reference.top1, "teacher": "dense"}
+    return Table(rows, title=f"{_name(dense)}, {reference.count} images")
+
+
+def _in_precision(model: nn.Module, precision: str) -> nn.Module:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; known are {', '.join(PRECISIONS)}")
+    return copy.deepcopy(model).to(PRECISIONS[precision])
 
 
 def environment() -> dict[str, Any]:
     """What the figures were measured with: versions, processor, threads, build, date; for `--json`."""
-    packages = ("leanvit", "torch", "timm", "accelerate", "numpy", "numba", "onnxruntime", "openvino")
+    packages = ("leanvit", "torch", "torchvision", "timm", "accelerate", "safetensors", "numpy")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -265,7 +298,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "mkldnn": torch.backends.mkldnn.is_available(),
+        "onednn": torch.backends.mkldnn.is_available(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "torch_config": _torch_config(),
     }

@@ -1,4 +1,4 @@
-"""What training minimises: CE + λ_kd·KL + λ_tok·MSE + the methods' own terms (METHODS.md, stage 3)."""
+"""What training minimises: CE + λ_kd·KL + λ_tok·MSE + the methods' own terms (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .count import input_size
 from .data import data_config
-from .errors import ConfigError
+from .errors import ConfigError, InputSizeError
 from .model import LeanModel
 from .record import Recorder, record
 
@@ -30,6 +31,7 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, student: nn.Module, tokens: bool) -> None:
+        _check_size_matches(model, student)
         if tokens:
             _check_tokens_match(model, student)
         classes = getattr(model, "num_classes", None), getattr(student, "num_classes", None)
@@ -128,6 +130,17 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     student = F.log_softmax(logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _check_size_matches(teacher: nn.Module, student: nn.Module) -> None:
+    size = getattr(getattr(student, "patch_embed", None), "img_size", None)
+    if size is None:
+        return
+    try:
+        input_size(teacher, size)
+    except InputSizeError as reason:
+        own = "×".join(map(str, input_size(teacher)[1:]))
+        raise ConfigError(f"the teacher takes {own}, the student {'×'.join(map(str, size))}") from reason
 
 
 def _check_tokens_match(teacher: nn.Module, student: nn.Module) -> None:

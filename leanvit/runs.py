@@ -116,11 +116,10 @@ class RunFolder:
             raise CheckpointError(f"{file} cannot be read: {error}".replace("\n", " ")) from error
         if not isinstance(saved, dict):
             raise CheckpointError(f"{file} holds no settings")
-        names = [*self.settings, *(name for name in saved if name not in self.settings)]
         differing = [
-            f"{name} was {saved.get(name)!r}, now {self.settings.get(name)!r}"
-            for name in names
-            if name not in RESULT_NEUTRAL and saved.get(name) != self.settings.get(name)
+            f"{name} was {value!r}, now {self.settings.get(name)!r}"
+            for name, value in saved.items()  # what an earlier version did not write cannot be compared
+            if name not in RESULT_NEUTRAL and value != self.settings.get(name)
         ]
         if differing:
             raise ConfigError(f"{self.path} cannot be resumed with other settings: {'; '.join(differing)}")

@@ -317,7 +317,7 @@ def _check_describable(model: VisionTransformer) -> None:
     if not architecture:
         raise CheckpointError("only a model that timm.create_model made can be described by a config and saved")
     with torch.device("meta"):
-        again = timm.create_model(architecture, **_model_args(model)).state_dict()
+        again = timm.create_model(architecture, **model_arguments(model)).state_dict()
     own = model.state_dict()
     lean = getattr(model, "lean", None)
     dense_keys = own.keys() if lean is None else lean.digests.keys()
@@ -331,7 +331,7 @@ def _check_describable(model: VisionTransformer) -> None:
         )
 
 
-def _model_args(model: VisionTransformer) -> dict[str, Any]:
+def model_arguments(model: VisionTransformer) -> dict[str, Any]:
     """The arguments of `timm.create_model` for the dense model: what timm noted and what the model shows."""
     noted = getattr(model, "_model_args", {})
     heads = [block.attn.num_heads for block in model.blocks if hasattr(block.attn, "num_heads")]
@@ -388,7 +388,7 @@ def _write_config(
     if class_names:
         fields["label_names"] = list(class_names)
     try:
-        save_config_for_hf(model, file, model_config=fields, model_args=_model_args(model))  # type: ignore[arg-type]
+        save_config_for_hf(model, file, model_config=fields, model_args=model_arguments(model))  # type: ignore[arg-type]
     except (TypeError, ValueError) as reason:
         raise CheckpointError(f"the model cannot be described in JSON: {reason}") from reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -27,9 +28,9 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .data import ImageData, loader, open_data, report_damage
-from .errors import ConfigError, TrainingDiverged
-from .model import LeanModel
+from .data import ImageData, class_names, loader, open_data, report_damage
+from .errors import ConfigError, DataError, TrainingDiverged
+from .model import LeanModel, digests
 from .objective import Objective, Teacher
 from .progress import TrainingBar
 from .runs import Row, RunFolder, reading
@@ -70,7 +71,7 @@ def distill(
     config: TrainConfig | None = None,
     **options: Any,
 ) -> TrainResult:
-    """Train a lean model end to end, with its dense model as teacher (METHODS.md, stage 3).
+    """Train a lean model end to end, with its dense model as teacher (the loss: docs/training.md).
 
     Top-1 after each epoch, and the weights kept, are those of the model as it would be deployed: whatever a
     method anneals is taken as finished for it.
@@ -311,8 +312,7 @@ class _Training:
         """Write the rows and the last model, and the best if it is the last."""
         folder.write_rows(self.history)
         newest = self.history[-1]
-        names = getattr(self.train_data, "classes", [])
-        names = names if len(names) == getattr(self.kept, "num_classes", None) else None
+        names = class_names(self.train_data, self.kept)
         for name in ("last", "best") if self.best is newest else ("last",):
             save(self.kept, folder.path / name, overwrite=True, class_names=names, extra=newest)  # type: ignore[arg-type]
 
@@ -381,8 +381,13 @@ def _open_both(
     augment = config.augmentation()
     training: Dataset[Any]
     held_out: Dataset[Any] | None = None
+    for given in (data, data if val_data is None else val_data):
+        if not isinstance(given, str | os.PathLike | Dataset):
+            raise DataError(f"labelled images are given as a path or a data set, not a {type(given).__name__}")
     if not isinstance(data, Dataset):
-        training = open_data(data, model, split=config.train_split, training=True, augment=augment)
+        training = open_data(
+            data, model, split=config.train_split, training=True, class_map=config.class_map, augment=augment
+        )
         if val_data is None:
             held_out = _held_out(os.fspath(data), training, model, config)
     elif augment:
@@ -390,7 +395,11 @@ def _open_both(
     else:
         training = data
     if val_data is not None:
-        held_out = val_data if isinstance(val_data, Dataset) else open_data(val_data, model, split=config.val_split)
+        held_out = (
+            val_data
+            if isinstance(val_data, Dataset)
+            else open_data(val_data, model, split=config.val_split, class_map=config.class_map)
+        )
     for dataset in filter(None, (training, held_out)):
         if not hasattr(dataset, "__len__") or not len(dataset):
             raise ConfigError(f"{type(dataset).__name__} is empty or has no length; training must know how long it is")
@@ -402,7 +411,7 @@ def _held_out(path: str, training: ImageData, model: nn.Module, config: TrainCon
     undivided = config.train_split is not None or path.startswith(("wds/", "hfds/"))
     if config.val_split is None and undivided:
         return None
-    found = open_data(path, model, split=config.val_split)
+    found = open_data(path, model, split=config.val_split, class_map=config.class_map)
     first, other = (images.reader.filename(0, absolute=True) for images in (training, found))
     return None if config.val_split is None and first == other else found
 
@@ -453,6 +462,7 @@ def _settings(
         "model": _describe(model),
         "method": str(model.lean) if isinstance(model, LeanModel) else None,
         "teacher": _describe(teacher),
+        "teacher_weights": None if teacher is None else _digest(teacher),
         "data": _describe(data),
         "val_data": _describe(val_data),
         "processes": processes,
@@ -467,6 +477,11 @@ def _describe(thing: Any) -> str | None:
     if isinstance(thing, Dataset):
         return f"{type(thing).__name__} of {len(thing)}"  # type: ignore[arg-type]
     return None if thing is None else os.fspath(thing)
+
+
+def _digest(model: nn.Module) -> str:
+    """A short digest of all of a model's weights."""
+    return hashlib.blake2b(json.dumps(digests(model.state_dict())).encode(), digest_size=8).hexdigest()
 
 
 def _plain(config: TrainConfig) -> dict[str, int | float | str]:

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from timm.optim import list_optimizers  # type: ignore[attr-defined]
 
@@ -21,6 +22,9 @@ NOT_NEGATIVE = (
     *("inherited_lr_scale", "weight_decay", "warmup_epochs", "mixup", "cutmix"),
     *("kd_weight", "token_weight", "seed", "workers"),
 )
+
+ALSO: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (tuple, list)}
+"""What is taken for a type beside itself."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,14 @@ class TrainConfig:
         kd_weight, token_weight: Weights of the loss terms that need a teacher.
         kd_temperature: Of the class distributions that are compared.
         train_split, val_split: Splits of data given by path.
+        class_map: Text file of its class names in order.
         seed: Of everything random.
         workers: Loader processes.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …; empty is the best there is.
         track: Trackers that accelerate knows (``"tensorboard"``, ``"wandb"``, …).
 
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: A value is of another type or out of range.
     """
 
     epochs: int = 10
@@ -83,12 +88,18 @@ class TrainConfig:
     kd_temperature: float = 1.0
     train_split: str | None = None
     val_split: str | None = None
+    class_map: str = ""
     seed: int = 0
     workers: int = 0
     device: str = ""
     track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(TrainConfig).items():
+            kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+            accepted = tuple(other for kind in kinds for other in ALSO.get(kind, (kind,)))
+            wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+            self._check(name, isinstance(getattr(self, name), accepted), wanted)
         for name in AT_LEAST_ONE:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in NOT_NEGATIVE:
@@ -99,6 +110,12 @@ class TrainConfig:
         self._check("warmup_epochs", self.warmup_epochs <= self.epochs, f"at most epochs={self.epochs}")
         self._check("smoothing", 0 <= self.smoothing < 1, "at least 0 and below 1")
         self._check("model_ema_decay", 0 < self.model_ema_decay < 1, "between 0 and 1")
+        for name in ("hflip", "reprob"):
+            self._check(name, 0 <= (getattr(self, name) or 0) <= 1, "between 0 and 1")
+        self._check("color_jitter", (self.color_jitter or 0) >= 0, "at least 0")
+        shares = [0, *(self.scale or (1, 1)), 1]
+        ordered = len(shares) == 4 and shares[1] > 0 and shares == sorted(shares)
+        self._check("scale", ordered, "two shares of the image, above 0, at most 1, the smaller first")
         self._check("amp", self.amp in ("", "bf16", "fp16"), "'bf16', 'fp16' or empty")
         self._check("sched", self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         known = [str(name) for name in list_optimizers()]

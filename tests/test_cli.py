@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +20,11 @@ from typer.testing import CliRunner, Result
 
 from leanvit import GLAD, slim
 from leanvit.cli import app
-from leanvit.cli.options import Training
+from leanvit.cli.options import Teaching, Training
+from leanvit.data import open_data
+from leanvit.measure import evaluate
 from leanvit.report.tables import read_csv
-from leanvit.store import load, save
+from leanvit.store import load, read_config, save
 from leanvit.train import TrainConfig
 
 COMMANDS = ("analyse", "bench", "compare", "count", "demo", "doctor", "eval", "slim", "train")
@@ -174,9 +179,23 @@ def test_compare_puts_accuracy_and_speed_in_one_table(dense: Path, lean: Path, p
     assert rows[1]["agreement"] is not None and rows[1]["speedup"] > 0
 
 
+def test_compare_gives_each_model_images_of_its_own(dense: Path, photos: Path, tmp_path: Path) -> None:
+    other = load(dense)
+    other.pretrained_cfg = {**other.pretrained_cfg, "mean": (0.0, 0.0, 0.0), "std": (0.1, 0.1, 0.1)}
+    images = open_data(photos, other, split="val")
+    save(other, tmp_path / "other")
+    both = ("compare", dense, tmp_path / "other", "--data-dir", photos, *QUICK)
+    succeed(*both, "--val-split", "val", "--results-file", tmp_path / "both.csv")
+    expected = evaluate(other, images, progress=False).top1
+    assert read_csv(tmp_path / "both.csv")[1]["top1"] == pytest.approx(expected, abs=1e-3)
+    other.set_input_size((48, 48))
+    save(other, tmp_path / "other", overwrite=True)
+    assert "the teacher takes 32×32, the student 48×48" in refuse(*both)
+
+
 def test_doctor(tmp_path: Path) -> None:
     text = succeed("doctor", "--json", tmp_path / "doctor.json")
-    assert "processor" in text and "onnxruntime" in text
+    assert "processor" in text and "onednn" in text and "tensorboard" in text
     assert json.loads((tmp_path / "doctor.json").read_text())["environment"]["versions"]["timm"]
 
 
@@ -199,6 +218,9 @@ def test_slim_makes_a_run_that_other_commands_take(dense: Path, photos: Path, tm
     assert "speedup" in text
     assert load(folder / "deployed").lean.deployed and not load(folder / "last").lean.deployed
     assert next(row["method"] for row in read_csv(folder / "results.csv")) == "dense"
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for saved in ("best", "deployed"):
+        assert read_config(folder / saved)["label_names"] == ["ant", "bee", "cat"]
     assert json.loads((folder / "results.json").read_text())["settings"]["epochs"] == 1
     assert "is not empty" in refuse(*arguments, *SHORT)
     assert "lr was" in refuse(*arguments, *SHORT, "--resume", "--lr", "0.5")
@@ -240,7 +262,29 @@ def test_config_file_gives_defaults_and_the_command_line_wins(dense: Path, photo
 
 
 def test_training_options_have_the_defaults_of_the_library() -> None:
-    assert Training().config(epochs=10) == TrainConfig()
+    assert Training().config(epochs=10, **vars(Teaching())) == TrainConfig()
+
+
+def test_every_training_setting_is_an_option_of_slim() -> None:
+    options = {field.name for group in (Training, Teaching) for field in dataclasses.fields(group)}
+    assert {field.name for field in dataclasses.fields(TrainConfig)} - options == {"epochs"}  # epochs has its own
+
+
+def test_slim_and_train_take_a_class_map(dense: Path, photos: Path, tmp_path: Path) -> None:
+    """Two of the three classes have images; both commands train and measure with the map's labels."""
+    for split in ("train", "val"):
+        for name in ("ant", "cat"):
+            shutil.copytree(photos / split / name, tmp_path / "two" / split / name)
+    (tmp_path / "map.txt").write_text("ant\nbee\ncat\n")
+    data = ("--data-dir", tmp_path / "two")
+    command = ("slim", dense, "--method", "glad", "--kd-weight", "0.3", "--token-weight", "0", "--kd-temperature", "2")
+    assert "use a class map" in refuse(*command, *data, *SHORT, "--output", tmp_path / "none")
+    mapped = (*data, "--class-map", tmp_path / "map.txt", "--output")
+    succeed(*command, *mapped, tmp_path / "slim", *SHORT)
+    used = yaml.safe_load((tmp_path / "slim" / "args.yaml").read_text())
+    assert [used[name] for name in Teaching.__dataclass_fields__] == [0.3, 0.0, 2.0]
+    succeed("train", dense, *mapped, tmp_path / "train", "--epochs", "1", "-b", "4")
+    assert read_config(tmp_path / "train" / "best")["label_names"] == ["ant", "bee", "cat"]
 
 
 # ---- bad input
@@ -269,13 +313,34 @@ def test_usage_errors_are_one_line(dense: Path) -> None:
         (("--method", "glad", "--track", "nobody"), "nobody"),
         (("--method", "glad", "--img-size", "33"), "33"),
         (("--method", "glad", "--train-split", "nowhere"), "nowhere"),
+        (("--method", "glad", "--hflip", "7"), "hflip must be between 0 and 1, got 7.0"),
+        (("--method", "glad", "--epochs", "1", "--aa", "foo"), "timm does not know this augmentation"),
     ],
 )
-def test_slim_refuses(dense: Path, photos: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+def test_slim_refuses(
+    dense: Path,
+    photos: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("leanvit.warmstart.warm_start", lambda *_, **__: pytest.fail("found too late"))
     folder = tmp_path / "run"
     quick = ("--warm-start-steps", "0", "--output", folder)
     assert expected in refuse("slim", dense, "--data-dir", photos, *quick, *arguments)
     assert not (folder / "last").exists() and not (folder / "deployed").exists()
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_the_warm_start(
+    dense: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leanvit.warmstart.warm_start", lambda *_, **__: pytest.fail("found too late"))
+    larger = load(dense)
+    larger.set_input_size((48, 48))
+    command = ("slim", dense, "--method", "glad", "--data-dir", photos, "--epochs", "1", "--output", tmp_path / "run")
+    teacher = ("--teacher", save(larger, tmp_path / "larger"))
+    assert "the teacher takes 48×48, the student 32×32" in refuse(*command, *teacher)
 
 
 def test_data_that_does_not_fit_is_refused(dense: Path, photos: Path, tmp_path: Path) -> None:
@@ -306,6 +371,29 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(dense: Path, p
     slim_into_file = ("slim", dense, "--data-dir", photos, "--method", "glad", "--output", tmp_path / "file")
     assert "is a file" in refuse(*slim_into_file)
     assert "file" in refuse("demo", "--output", tmp_path / "file")
+
+
+def test_a_save_that_fails_is_one_line(
+    dense: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("leanvit.store.save_file", full)
+    command = ("slim", dense, "--data-dir", photos, "--method", "glad", "--warm-start-steps", "0")
+    result = run(*command, "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    last = result.stderr.splitlines()[-1]
+    assert last == f"leanvit: error: cannot save to {tmp_path / 'run' / 'last'}: No space left on device"
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_model_of_a_newer_version_is_one_line(lean: Path, photos: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lean, tmp_path / "newer"))
+    config = json.loads((folder / "config.json").read_text())
+    config["leanvit"]["version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "has version 99, this leanvit reads up to 1; upgrade it" in refuse("eval", folder, "--data-dir", photos)
 
 
 def test_config_files_that_cannot_be_read_are_refused(dense: Path, photos: Path, tmp_path: Path) -> None:

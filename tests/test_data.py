@@ -112,6 +112,11 @@ class TestOpening:
         with pytest.raises(ConfigError, match=r"does not know this augmentation.*sparkle"):
             open_data(make_folder(), tiny_vit, training=True, augment={"sparkle": 1})
 
+    @pytest.mark.parametrize("augment", [{"auto_augment": "foo"}, {"color_jitter": -1.0}, {"hflip": "x"}])
+    def test_augmentation_that_timm_refuses(self, augment, make_folder, tiny_vit) -> None:
+        with pytest.raises(ConfigError, match="timm does not know this augmentation"):
+            open_data(make_folder(), tiny_vit, training=True, augment=augment)
+
     @pytest.mark.parametrize("path", ["nowhere", "nowhere/x.tar"])
     def test_missing(self, path, tmp_path) -> None:
         with pytest.raises(DataError, match=r"no such file or folder.*nowhere"):

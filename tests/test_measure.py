@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from leanvit import errors
 from leanvit.bench import bench, peak_memory, realised_share, take_turns
 from leanvit.count import count, deployed_form, evaluating
+from leanvit.data import open_data
 from leanvit.measure import compare, environment, evaluate
 from leanvit.report.tables import COLUMNS, Table, read_csv
 
@@ -32,7 +34,7 @@ def vit(**changes):
 
 
 def dense_macs(*, img_size=32, patch_size=8, embed_dim=48, depth=4, num_classes=10, prefix=1, channels=3) -> int:
-    """METHODS.md's formula, block by block, with patch embedding and head."""
+    """4·N·C² + 2·N²·C + 8·N·C² a block, with patch embedding and head."""
     patches, width = (img_size // patch_size) ** 2, embed_dim
     tokens = patches + prefix
     block = 4 * tokens * width**2 + 2 * tokens**2 * width + 8 * tokens * width**2
@@ -430,6 +432,51 @@ def test_compare_needs_something_to_compare_with(tiny_vit):
     for lean in ({}, {"dense": tiny_vit}, tiny_vit):
         with pytest.raises(errors.ConfigError, match="nothing to compare with"):
             compare(tiny_vit, lean, TensorDataset(torch.zeros(1, 3, 32, 32), torch.zeros(1)))
+
+
+def test_compare_takes_accuracy_in_each_precision(tiny_vit):
+    data = TensorDataset(torch.randn(20, 3, 32, 32), torch.arange(20) % 10)
+    options = {"batch_sizes": (1,), "precisions": ("fp32", "bf16"), "threads": 1, "iterations": 1, "progress": False}
+    rows = compare(tiny_vit, {"small": vit(depth=2)}, data, **options).rows
+    for row in rows:
+        model = {"dense": tiny_vit, "small": vit(depth=2)}[row["model"]]
+        cast = copy.deepcopy(model).bfloat16() if row["precision"] == "bf16" else model
+        assert row["top1"] == evaluate(cast, data, progress=False).top1
+    assert rows[3]["top1_diff"] == rows[3]["top1"] - rows[2]["top1"]
+    with pytest.raises(errors.ConfigError, match="precision is 'fp8'"):
+        compare(tiny_vit, vit(depth=2), data, precisions=("fp8",), progress=False)
+    with pytest.raises(errors.ConfigError, match="this data is open already"):
+        compare(tiny_vit, vit(depth=2), data, split="val")
+
+
+def test_compare_opens_a_path_for_each_model(tmp_path):
+    """A model with another normalisation gets its own images, and agrees with itself."""
+    dense, other = vit(in_chans=1), vit(in_chans=1)
+    other.pretrained_cfg = {**other.pretrained_cfg, "mean": (0.2,), "std": (0.9,)}
+    options = {"batch_sizes": (1,), "threads": 1, "iterations": 1, "progress": False, "split": "val"}
+    row = compare(dense, {"other": other}, "digits", **options).rows[1]
+    assert row["top1"] == evaluate(other, open_data("digits", other), progress=False).top1
+    with pytest.raises(errors.ConfigError, match="the teacher takes 32×32, the student 48×48"):
+        compare(dense, vit(in_chans=1, img_size=48), "digits", progress=False)
+
+
+def test_images_of_another_size_are_refused(tiny_vit):
+    data = TensorDataset(torch.randn(2, 3, 48, 48), torch.arange(2))
+    with pytest.raises(errors.InputSizeError, match="image size 48x48 does not fit a model made for 32x32"):
+        evaluate(tiny_vit, data, progress=False)
+
+
+def test_evaluate_says_what_data_it_takes(tiny_vit):
+    with pytest.raises(errors.DataError, match="a path, a data set or a loader, not a Tensor"):
+        evaluate(tiny_vit, torch.zeros(2, 3, 32, 32))
+
+
+def test_evaluate_leaves_the_teacher_as_it_was(tiny_vit):
+    teacher = vit().train()
+    teacher.blocks[1].eval()
+    before = [module.training for module in teacher.modules()]
+    evaluate(tiny_vit, TensorDataset(torch.randn(2, 3, 32, 32), torch.arange(2)), teacher=teacher, progress=False)
+    assert [module.training for module in teacher.modules()] == before
 
 
 def test_a_table_of_layers_prints(tiny_vit):

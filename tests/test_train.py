@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import leanvit
 from leanvit.data import data_config
-from leanvit.errors import CheckpointError, ConfigError, TrainingDiverged
+from leanvit.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from leanvit.objective import Objective, Teacher, distillation_loss
 from leanvit.runs import RunFolder
 from leanvit.store import load
@@ -305,7 +305,7 @@ def test_tensorboard_gets_the_rows(tiny_vit, tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
-def test_objective_is_the_sum_in_the_methods_document(tiny_vit):
+def test_objective_is_the_sum_of_its_terms(tiny_vit):
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     lean = leanvit.slim(tiny_vit, *METHODS).eval()
     logits, tokens = Teacher(tiny_vit, lean, tokens=True)(images)
@@ -347,6 +347,7 @@ def test_teacher_sees_images_in_its_own_normalisation(tiny_vit):
         ({"embed_dim": 96}, "the teacher has width 96, the student 48; use token_weight=0"),
         ({"patch_size": 16}, r"patch grid \(2, 2\), the student \(4, 4\)"),
         ({"num_classes": 7}, "the teacher has 7 classes, the student 10"),
+        ({"img_size": 48}, "the teacher takes 48×48, the student 32×32"),
     ],
 )
 def test_teacher_that_does_not_fit_is_refused(tiny_vit, changes, message):
@@ -374,6 +375,13 @@ def test_any_teacher_will_do_without_tokens(tiny_vit):
         ({"epochs": 1, "warmup_epochs": 2}, "warmup_epochs must be at most epochs=1"),
         ({"batch_size": 3, "cutmix": 1.0}, "batch_size must be even for mixup .* got 3"),
         ({"learning_rate": 1e-3}, "no training option 'learning_rate'"),
+        ({"epochs": "3"}, "epochs must be int, got '3'"),
+        ({"hflip": "often"}, "hflip must be float or None, got 'often'"),
+        ({"hflip": 7.0}, "hflip must be between 0 and 1, got 7.0"),
+        ({"reprob": -3.0}, "reprob must be between 0 and 1, got -3.0"),
+        ({"color_jitter": -1.0}, "color_jitter must be at least 0, got -1.0"),
+        ({"scale": (2.0, 3.0)}, r"scale must be two shares .* got \(2.0, 3.0\)"),
+        ({"scale": (0.5,)}, r"scale must be two shares .* got \(0.5,\)"),
     ],
 )
 def test_config_refuses_by_name(options, message):
@@ -394,6 +402,32 @@ def test_config_refuses_by_name(options, message):
 def test_training_refuses_by_name(tiny_vit, options, message):
     with pytest.raises(ConfigError, match=message):
         fit(tiny_vit, **options)
+
+
+def test_a_loader_is_refused(tiny_vit):
+    for arguments in ((DataLoader(Images()),), (Images(), DataLoader(Images()))):
+        with pytest.raises(DataError, match="a path or a data set, not a DataLoader"):
+            train(tiny_vit, *arguments, progress=False)
+
+
+def test_resuming_with_another_teacher_is_refused(tiny_vit, tmp_path):
+    lean = leanvit.slim(tiny_vit)
+    options = {"output": tmp_path, "epochs": 1, "batch_size": 16, "progress": False}
+    distill(lean, tiny_vit, Images(), **options)
+    other = copy.deepcopy(tiny_vit)
+    with torch.no_grad():
+        other.head.bias[0] += 1
+    with pytest.raises(ConfigError, match=r"teacher_weights was '[0-9a-f]{16}', now '[0-9a-f]{16}'"):
+        distill(lean, other, Images(), resume=True, **options)
+
+
+def test_a_setting_that_an_earlier_version_did_not_write_is_no_difference(tmp_path):
+    folder = RunFolder(tmp_path, {"lr": 1e-3}, resume=False)
+    folder.start()
+    (tmp_path / "checkpoint-1").mkdir()
+    RunFolder(tmp_path, {"lr": 1e-3, "class_map": ""}, resume=True)
+    with pytest.raises(ConfigError, match=r"lr was 0.001, now 0.1$"):
+        RunFolder(tmp_path, {"lr": 0.1, "class_map": ""}, resume=True)
 
 
 def test_deployed_model_is_refused(tiny_vit):

@@ -10,24 +10,18 @@ from .options import JsonFile
 from .printing import show
 
 OPTIONAL = {
-    "numba": "CPU kernels",
-    "triton": "GPU kernels",
-    "onnx": "leanvit[export]",
-    "onnxscript": "leanvit[export]",
-    "onnxruntime": "leanvit[export]",
-    "openvino": "leanvit[openvino]",
     "tensorboard": "leanvit[tensorboard]",
     "wandb": "leanvit[wandb]",
     "datasets": "leanvit[datasets]",
 }
-"""Packages that leanvit works without, and what they are for or come with."""
+"""Packages that leanvit works without, and what they come with."""
 
 
 @app.command()
 def doctor(json: JsonFile = None) -> None:
     """Print what is installed, for bug reports.
 
-    Versions, devices, engines and kernels found.
+    Versions, processor, devices, and whether torch has oneDNN.
     """
     from rich.markup import escape
     from rich.table import Table

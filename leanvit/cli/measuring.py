@@ -181,10 +181,14 @@ def compare(
 
     dense = choice.load()
     models = {str(path): resolve_model(str(path)) for path in lean}
+    for model in (dense, *models.values()):
+        data.crop(model)
     table = measure(
         dense,
         models,
-        data.open(dense),
+        data.data_dir,
+        split=data.val_split,
+        class_map=data.class_map,
         workers=data.workers,
         **timing.arguments(),
     )
@@ -195,10 +199,10 @@ def dense_twin(lean: VisionTransformer) -> nn.Module:
     """A dense model of a lean one's architecture and size, with random weights."""
     import timm
 
-    from ..store import _model_args
+    from ..store import model_arguments
 
     architecture: str = lean.pretrained_cfg["architecture"]  # type: ignore[index, assignment]
-    return timm.create_model(architecture, **_model_args(lean)).eval()
+    return timm.create_model(architecture, **model_arguments(lean)).eval()
 
 
 def accuracy_row(name: str, model: nn.Module, result: EvalResult | None = None) -> Row:

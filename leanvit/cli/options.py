@@ -103,7 +103,10 @@ def best_device(value: str) -> str:
     """The device that `auto` means here; any other as it is."""
     import torch
 
-    return value if value != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if value != "auto":
+        return value
+    rank = os.environ.get("LOCAL_RANK")  # of several processes, each has its GPU
+    return ("cuda" if rank is None else f"cuda:{rank}") if torch.cuda.is_available() else "cpu"
 
 
 def _known_trackers(names: list[str]) -> list[str]:
@@ -242,9 +245,13 @@ class EvalData:
         """The labelled images, prepared as the model asks."""
         from ..data import open_data
 
+        self.crop(model)
+        return open_data(self.data_dir, model, split=self.val_split, class_map=self.class_map)
+
+    def crop(self, model: nn.Module) -> None:
+        """Let the model ask for the share of the image that is to be kept, where one was given."""
         if self.crop_pct is not None:
             model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": self.crop_pct}  # type: ignore[dict-item, assignment]
-        return open_data(self.data_dir, model, split=self.val_split, class_map=self.class_map)
 
 
 @dataclass(frozen=True)
@@ -296,10 +303,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train; the fields are those of `leanvit.train.TrainConfig`, which says more about them."""
+    """How to train; the fields here and in `Teaching` are those of `leanvit.train.TrainConfig`, which says more."""
 
     train_split: TrainSplit = None
     val_split: ValSplit = None
+    class_map: ClassMap = ""
     workers: Workers = 0
     batch_size: Annotated[int, _option("--batch-size", "-b", metavar="N", help="Images a step and process.")] = 64
     lr: Annotated[float, _option(metavar="X", help="Peak learning rate.")] = 3e-4
@@ -345,6 +353,15 @@ class Training:
             **more,
         }
         return TrainConfig(**{key: value for key, value in values.items() if key != "amp_dtype"})
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a student learns from its teacher, beside the labels."""
+
+    kd_weight: Annotated[float, _option(metavar="X", help="Weight of the teacher's classes.")] = 0.5
+    token_weight: Annotated[float, _option(metavar="X", help="Weight of its tokens.")] = 0.5
+    kd_temperature: Annotated[float, _option(metavar="X", help="Temperature of the classes.")] = 1.0
 
 
 def amp_name(amp: bool, dtype: AmpDtype) -> str:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
 from .app import app
-from .options import Config, DataDir, MethodText, ModelChoice, Output, Training, best_device, takes_groups
+from .options import (
+    Config,
+    DataDir,
+    MethodText,
+    ModelChoice,
+    Output,
+    Teaching,
+    Training,
+    best_device,
+    takes_groups,
+)
 from .printing import say
 
 if TYPE_CHECKING:
@@ -41,43 +51,50 @@ def slim_model(
     config: Config = None,
     *,
     training: Training,
+    teaching: Teaching,
     files: Output,
 ) -> None:
     """Swap methods into MODEL, train, deploy, measure, save.
 
     Warm-starts from unlabelled images, and distils from MODEL if --epochs. The run's folder holds the lean
-    model (best/ and last/), its deployed form (deployed/) and the figures (results.csv, results.json).
+    model (best/ and last/), its deployed form (deployed/), the figures (results.csv, results.json) and the
+    course of the training (curves.png).
     """
-    from ..data import open_data
+    from ..data import class_names
     from ..methods import parse
     from ..model import deploy, slim
+    from ..objective import Teacher
     from ..store import resolve_model, save
     from ..train import distill
     from ..warmstart import warm_start
 
     methods = parse(method)
-    settings = training.config(max(epochs, 1))
+    settings = training.config(max(epochs, 1), **vars(teaching))
+    device = best_device(training.device)
     folder = run_folder(output, experiment, [choice.model, *(applied.name for applied in methods)])
     resuming = check_folder(folder, resume)
     dense = choice.load()
     tutor = resolve_model(teacher, pretrained=True) if teacher else dense
     # Opened before the work starts: data that does not fit the model is to be known now, not in an hour.
     test_images = held_out(data_dir, training, dense)
+    names = class_names(labelled(data_dir, training, dense, settings.augmentation()), dense) if epochs else None
+    images = unlabelled(data_dir, training, dense)
+    lean = slim(dense.to(device), *methods, images=images)
     if epochs:
-        open_data(data_dir, dense, split=training.train_split, training=True)
-    images = unlabelled(data_dir, training.train_split, dense)
-    lean = slim(dense, *methods, images=images)
+        Teacher(tutor, lean, tokens=teaching.token_weight > 0)
     if not resuming:  # else the checkpoint holds what the warm start led to
         say(f"{choice.model} with {lean.lean}")
-        warm_start(lean, dense, images, steps=warm_start_steps, seed=training.seed)
+        warm_start(lean, dense, images, steps=warm_start_steps, seed=training.seed, progress=is_main_process())
     if epochs:
         distill(lean, tutor, data_dir, output=folder, resume=resume, config=settings)
     if is_main_process():
-        if not epochs:
+        if epochs:
+            draw_curves(folder)
+        else:
             save(lean, folder / "last", overwrite=resume)
         fast = deploy(lean)
-        save(fast, folder / "deployed", overwrite=True)
-        files.write(ctx, lean_beside_dense(dense, fast, test_images, best_device(training.device)), folder)
+        save(fast, folder / "deployed", overwrite=True, class_names=names)
+        files.write(ctx, lean_beside_dense(dense, fast, test_images, device), folder)
 
 
 @app.command("train")
@@ -97,20 +114,20 @@ def train_model(
 ) -> None:
     """Fine-tune a dense MODEL on labelled images.
 
-    The head gets as many classes as the data has. The run's folder holds the model (best/ and last/) and
-    the figures (results.csv, results.json).
+    The head gets as many classes as the data has. The run's folder holds the model (best/ and last/), the
+    figures (results.csv, results.json) and the course of the training (curves.png).
     """
-    from ..data import open_data
     from ..train import train
 
     settings = training.config(epochs)
     folder = run_folder(output, experiment, [choice.model])
     check_folder(folder, resume)
-    classes = len(open_data(data_dir, split=training.train_split, training=True).classes)
+    classes = len(labelled(data_dir, training).classes)
     model = choice.load(num_classes=classes or None)
     test_images = held_out(data_dir, training, model)
     train(model, data_dir, output=folder, resume=resume, config=settings)
     if is_main_process():
+        draw_curves(folder)
         files.write(ctx, accuracy(choice.model, model, test_images, best_device(training.device)), folder)
 
 
@@ -129,11 +146,22 @@ def check_folder(folder: Path, resume: bool) -> bool:
     return resume and any(folder.glob("checkpoint-*"))
 
 
-def unlabelled(data_dir: str, split: str | None, model: VisionTransformer) -> str | ImageData:
+def labelled(
+    data_dir: str, training: Training, model: VisionTransformer | None = None, augment: dict[str, Any] | None = None
+) -> ImageData:
+    """Training images as `leanvit.train` opens them."""
+    from ..data import open_data
+
+    split, class_map = training.train_split, training.class_map
+    return open_data(data_dir, model, split=split, training=True, class_map=class_map, augment=augment)
+
+
+def unlabelled(data_dir: str, training: Training, model: VisionTransformer) -> str | ImageData:
     """Training images for the warm start and for measured parameters, without augmentation."""
     from ..data import open_data
 
-    return open_data(data_dir, model, split=split) if split else data_dir
+    split, class_map = training.train_split, training.class_map
+    return open_data(data_dir, model, split=split, class_map=class_map) if split else data_dir
 
 
 def held_out(data_dir: str, training: Training, model: VisionTransformer) -> ImageData | None:
@@ -143,10 +171,12 @@ def held_out(data_dir: str, training: Training, model: VisionTransformer) -> Ima
     if training.val_split is None:
         if training.train_split or data_dir.startswith(("wds/", "hfds/")):
             return None
-        halves = (open_data(data_dir, training=is_training) for is_training in (True, False))
+        halves = (
+            open_data(data_dir, training=is_training, class_map=training.class_map) for is_training in (True, False)
+        )
         if len({half.reader.filename(0, absolute=True) for half in halves}) == 1:
             return None
-    return open_data(data_dir, model, split=training.val_split)
+    return open_data(data_dir, model, split=training.val_split, class_map=training.class_map)
 
 
 def lean_beside_dense(
@@ -172,6 +202,14 @@ def accuracy(name: str, model: VisionTransformer, images: ImageData | None, devi
         return Table([accuracy_row(name, model)])
     result = evaluate(model, images, device=device)
     return Table([accuracy_row(name, model, result)], title=f"{images.path}, {result.count} images")
+
+
+def draw_curves(folder: Path) -> None:
+    """A picture of a run's losses and accuracies by epoch, beside the file they are in."""
+    from ..report.plots import training_curves
+
+    training_curves(folder / "metrics.csv", folder / "curves.png")
+    say(f"training curves: {folder / 'curves.png'}")
 
 
 def is_main_process() -> bool:
