@@ -70,7 +70,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize("deployed", [False, True])
     def test_lean(self, images, tmp_path, text, deployed) -> None:
         dense = timm.create_model(ARCHITECTURE, img_size=32, num_classes=10, **{**SMALL, "depth": 6})
-        model = slim(dense, *methods.parse(text), images=images).eval()
+        model = slim(dense, *(methods.parse(text) if text else ()), images=images).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
