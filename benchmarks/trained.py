@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,11 @@ from leanvit.methods import parse
 from leanvit.store import resolve_model
 
 LEAN = "dgssa:layers=auto:3+glad:at=4,6,8"
-STUDENTS = {
+GENTLE = {"lr": 5e-4, "inherited_lr_scale": 0.2}
+"""Pretrained weights at the rate the teacher was fine-tuned with, new ones faster."""
+STUDENTS: dict[str, dict[str, Any]] = {
+    "later stages": {"method": LEAN.replace("4,6,8", "6,8,10"), "epochs": 6, "options": GENTLE},
+    "main, gentle": {"method": LEAN, "epochs": 8, "options": GENTLE},
     "main": {"method": LEAN, "epochs": 15},
     "main, seed 1": {"method": LEAN, "epochs": 15, "seed": 1},
     "main, short": {"method": LEAN, "epochs": 4},
@@ -80,6 +85,7 @@ def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> di
     start = time.perf_counter()
     # No held-out data while training: it would choose the epoch by the photos that give the figure.
     options = {"epochs": recipe["epochs"], "seed": seed, "amp": "bf16", "lr": 3e-4, "workers": args.workers}
+    options |= recipe.get("options", {})
     folder = args.runs / f"{name}-{args.img_size}".replace(",", "").replace(" ", "-")
     leanvit.distill(lean, teacher, train, output=folder, resume=True, **options)
     fast = leanvit.deploy(lean)
