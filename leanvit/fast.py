@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import Attention, DropPath, LayerScale, Mlp
+from timm.layers import Attention, DropPath, Format, LayerScale, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from .model import LeanBlock, Tokens
 from .ops.attention import attention
-from .ops.linear import column_major, linear
+from .ops.linear import column_major, linear, takes_onednn
 
 
 class FastLinear(nn.Linear):
@@ -63,6 +62,20 @@ class FastMlp(Mlp):
         return self.fc2(self.norm(self.fc1(x)), residual)
 
 
+class FastPatchEmbed(PatchEmbed):
+    """timm's patch embedding for inference: patches do not overlap, so the convolution is a linear layer on each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        rows, columns = self.patch_size
+        divides = height % rows == 0 and width % columns == 0
+        if not divides or self.img_size != (height, width) or not takes_onednn(x, self.proj.weight):
+            return super().forward(x)  # cropped, padded or refused there
+        patches = x.reshape(batch, channels, height // rows, rows, width // columns, columns).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(batch, -1, channels * rows * columns)  # (B, h·w, 3·p·p)
+        return self.norm(linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+
+
 class FastBlock(LeanBlock):
     """A block for inference whose attention and MLP add the residual themselves."""
 
@@ -70,10 +83,19 @@ class FastBlock(LeanBlock):
         for stage in self.stages.values():
             tokens = stage(tokens)
         x = self.attn(self.norm1(tokens.x), tokens.x)
-        return replace(tokens, x=self.mlp(self.norm2(x), x))
+        return tokens.with_x(self.mlp(self.norm2(x), x))
 
 
-def speed_up(block: Any) -> None:
+def speed_up(model: Any) -> None:
+    """Give the parts of a model their inference forms, in place; a part of a kind that is not known stays as it is."""
+    embed = model.patch_embed
+    if type(embed) is PatchEmbed and embed.flatten and embed.output_fmt == Format.NCHW:
+        embed.__class__ = FastPatchEmbed
+    for block in model.blocks:
+        speed_up_block(block)
+
+
+def speed_up_block(block: Any) -> None:
     """Give the parts of a block their inference forms, in place; a part of a kind that is not known stays as it is."""
     fold_layer_scale(block)
     plain_mlp = type(block.mlp) is Mlp and type(block.mlp.act) is nn.GELU and isinstance(block.mlp.fc1, nn.Linear)

@@ -46,6 +46,10 @@ class Tokens:
     source: Tensor | None = None
     track: bool = False
 
+    def with_x(self, x: Tensor) -> Tokens:
+        """The same tokens with other values."""
+        return Tokens(x, self.prefix, self.grid, self.reduced, self.source, self.track)
+
     @property
     def patches(self) -> Tensor:
         """The patch tokens, ``(B, M, C)``."""
@@ -97,7 +101,7 @@ class LeanBlock(Block):
     def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
         for stage in self.stages.values():
             tokens = stage(tokens)
-        return replace(tokens, x=super().forward(tokens.x))
+        return tokens.with_x(super().forward(tokens.x))
 
     def lean_modules(self) -> list[LeanModule]:
         """The modules in this block that a method put there, in the order in which tokens meet them."""
@@ -219,7 +223,7 @@ class LeanModel:
             return last[0].x
 
         normed = super(LeanModel, with_blocks(self, blocks)).forward_features(x)  # type: ignore[misc]
-        return replace(last[0], x=normed)
+        return last[0].with_x(normed)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's own, with maps on the full grid: removed or aggregated tokens put back in their places."""
@@ -349,7 +353,7 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
             module = getattr(block, name)
             if hasattr(module, "deployed"):
                 setattr(block, name, module.deployed())
-        speed_up(block)
+    speed_up(fast)
     fast.lean = replace(info, deployed=True)
     return fast.requires_grad_(False)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,7 +153,7 @@ class _Features:
 
     def advance_unchanged(self, dense: nn.Module) -> None:
         self.advance_dense(dense)
-        self.lean = [replace(tokens, x=x) for tokens, x in zip(self.lean, self.dense, strict=True)]
+        self.lean = [tokens.with_x(x) for tokens, x in zip(self.lean, self.dense, strict=True)]
 
     def pairs(self) -> tuple[list[tuple[Tokens, Tensor]], list[tuple[Tokens, Tensor]]]:
         """Lean input and dense output by batch: those to fit and those held out (the same where there is one)."""

@@ -35,7 +35,7 @@ def linear(
     size of an MLP's hidden layer is written twice. oneDNN's fp32 product alone takes half the time of torch's default
     (MKL) on AMD processors, and is fastest where the weight lies column by column (`column_major`).
     """
-    if not _takes_onednn(x, weight):
+    if not takes_onednn(x, weight):
         return linear_reference(x, weight, bias, gelu=gelu, residual=residual)
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")  # type: ignore[no-any-return]
@@ -64,7 +64,8 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
 _ONEDNN_DTYPES = _onednn_dtypes()
 
 
-def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's fused linear layer can run on these tensors, now."""
     return (
         x.is_cpu
         and x.dtype in _ONEDNN_DTYPES
