@@ -19,11 +19,13 @@ from leanvit.measure import environment
 from leanvit.methods import parse
 from leanvit.report.tables import Row, Table
 
-MODELS = {
-    "dense, deployed": "",
-    **{text: text for text in ("dgssa:layers=0-5+glad:at=6,8,10", "dgssa:layers=1,2,3+glad:at=4,6,8")},
-    **{text: text for text in ("dgssa:layers=0-5", "glad:at=6,8,10")},
-}
+METHODS = (
+    "dgssa:layers=0-5+glad:at=6,8,10",
+    "dgssa:layers=1,2,3+glad:at=4,6,8",
+    "dgssa:layers=1,2,3+glad:at=6,8,10",
+    "dgssa:layers=0-5",
+    "glad:at=6,8,10",
+)
 POINTS = {224: (1, 32), 512: (1, 4)}
 
 
@@ -47,10 +49,11 @@ def at_size(size: int, args: argparse.Namespace) -> list[Row]:
     """Every model at one input size."""
     torch.manual_seed(0)
     vit = timm.create_model("deit_tiny_patch16_224", img_size=size).eval()
-    models = {"dense": vit} | {name: leanvit.slim(vit, *(parse(text) if text else ())) for name, text in MODELS.items()}
+    models = {"dense": vit, "dense, deployed": leanvit.slim(vit)}
+    models |= {text: leanvit.slim(vit, *parse(text)) for text in METHODS}
     options = {"precisions": args.precision, "threads": args.threads, "device": args.device}
     rows = leanvit.bench(models, batch_sizes=POINTS.get(size, (1,)), **options)
-    return [{**row, "method": MODELS.get(str(row["model"]), ""), "trained": False} for row in rows]
+    return [{**row, "trained": False} for row in rows]
 
 
 if __name__ == "__main__":
