@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -305,20 +305,15 @@ def slim(model: nn.Module, *methods: Method, images: ImageSource | None = None) 
         MethodError: A method does not fit the model or the methods before it.
         ConfigError: A parameter is to be measured and there are no images.
     """
-    return build(model, methods, images)
-
-
-def build(model: nn.Module, methods: Sequence[Method], images: ImageSource | None = None) -> LeanVisionTransformer:
-    """`slim`, its methods in a sequence."""
     from .methods.base import Plan
 
     check_supported(model)
-    methods = Plan(model, images).resolve(methods)
+    resolved = Plan(model, images).resolve(methods)
     lean: Any = copy.deepcopy(model)
     lean.__class__ = _LEAN_CLASSES[type(model)]  # keeps all of timm's attributes, also those of releases to come
-    lean.lean = LeanInfo(methods, digests=digests(model.state_dict()))
+    lean.lean = LeanInfo(resolved, digests=digests(model.state_dict()))
     lean.blocks = _lean_blocks(lean)
-    for method in methods:
+    for method in resolved:
         method.swap_in(lean)
     check_order(lean)
     if lean.grad_checkpointing:

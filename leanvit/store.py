@@ -260,13 +260,13 @@ def from_hub(repo_id: str, *, revision: str | None = None, token: str | None = N
 def _build(folder: Path, block: Mapping[str, Any]) -> VisionTransformer:
     """The model that a checked config describes, with weights still to come."""
     from .methods import from_config
-    from .model import build, deploy
+    from .model import deploy, slim
 
     methods = tuple(from_config(method) for method in block.get("methods", ()))
     dense = _plain(timm.create_model(f"local-dir:{folder}", pretrained=False))
     if "methods" not in block:
         return dense
-    lean = build(dense, methods)
+    lean = slim(dense, *methods)
     if block["deployed"]:
         lean = deploy(lean, force=True)
     lean.lean = replace(lean.lean, digests=block["digests"])

@@ -113,7 +113,7 @@ class Aggregation(LeanModule):
 
     def _lay_out(self, positions: Tensor) -> None:
         self.positions = positions
-        self.count = max(1, int(len(positions) * self.keep + 1e-9))
+        self.count = tokens_left(len(positions), self.keep)
         self.cells = partition(positions, self.count)
         self.positions_out = cell_centres(positions, self.cells, self.count)
 
@@ -149,6 +149,11 @@ class Aggregation(LeanModule):
         return f"glad {len(self.positions)}→{self.count} tokens"
 
 
+def tokens_left(tokens: int, keep: float) -> int:
+    """How many tokens leave a stage: ``⌊keep·N⌋``, at least one."""
+    return max(1, int(tokens * keep + 1e-9))  # 0.29 of 100 is 28.999…
+
+
 def nearest(points: Tensor, others: Tensor) -> Tensor:
     """Index of the nearest of `others` ``(K, 2)`` to each of `points` ``(N, 2)``, both stretched to a square."""
     points, others = (positions / (positions.amin(dim=0) + positions.amax(dim=0)) for positions in (points, others))
@@ -168,7 +173,7 @@ def place_stages(ranks: Sequence[float], keeps: Sequence[float], tokens: int) ->
     """
     at: list[int] = []
     for keep in keeps:
-        tokens = max(1, int(tokens * keep + 1e-9))
+        tokens = tokens_left(tokens, keep)
         earliest = at[-1] + 1 if at else 1
         places = [block for block in range(earliest, len(ranks)) if max(ranks[block:]) <= tokens]
         if not places:
