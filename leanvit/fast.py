@@ -8,8 +8,9 @@ import torch
 from timm.layers import Attention, DropPath, Format, LayerScale, Mlp, PatchEmbed
 from torch import Tensor, nn
 
+from .attention import Attended, attend, dense_attention
+from .attention import project as project
 from .model import LeanBlock, Tokens
-from .ops.attention import attention
 from .ops.linear import column_major, linear, takes_onednn
 
 
@@ -29,30 +30,11 @@ class FastLinear(nn.Linear):
 class FastAttention(Attention):
     """timm's dense attention for inference, the residual added in its last product."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each (B, H, N, d)
-        mixed = attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).reshape(batch, tokens, self.attn_dim)
-        return project(self, x, mixed, residual)
+    def attend(self, x: Tensor, tokens: Tokens, *residual: Tensor) -> Attended:
+        return dense_attention(self, x, tokens.size, *residual)
 
     def __repr__(self) -> str:
         return "dense"
-
-
-def project(attention: Any, x: Tensor, mixed: Tensor, *residual: Tensor | None) -> Tensor:
-    """What timm's attention does after the heads are mixed: norm, gate and projection.
-
-    Args:
-        attention: The module with those parts.
-        x: Its input, ``(B, N, C)``.
-        mixed: The heads side by side, ``(B, N, H·d)``.
-        residual: For a projection that adds it, ``(B, N, C)``.
-    """
-    mixed = attention.norm(mixed)
-    if attention.gate is not None:
-        mixed = mixed * attention.gate(x).sigmoid()
-    return attention.proj_drop(attention.proj(mixed, *residual))
 
 
 class FastMlp(Mlp):
@@ -79,11 +61,11 @@ class FastPatchEmbed(PatchEmbed):
 class FastBlock(LeanBlock):
     """A block for inference whose attention and MLP add the residual themselves."""
 
-    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
-        for stage in self.stages.values():
-            tokens = stage(tokens)
-        x = self.attn(self.norm1(tokens.x), tokens.x)
-        return tokens.with_x(self.mlp(self.norm2(x), x))
+    def mix(self, tokens: Tokens) -> Attended:
+        return attend(self.attn, self.norm1(tokens.x), tokens, tokens.x, tell=bool(self.reducers))
+
+    def feed(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x), x)
 
 
 def speed_up(model: Any) -> None:

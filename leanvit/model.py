@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import Attended, attend
 from .errors import DeployError, InputSizeError, MethodError, RestoreError, UnsupportedModelError
 from .record import recompute_like_now
 
@@ -34,29 +35,74 @@ class Tokens:
         prefix: P.
         grid: Height and width of the patch grid the images came with.
         reduced: Whether tokens were removed or merged: the M tokens are no longer all ``h·w`` patches in order.
+        size: ``(B, P + M)``, in fp32: how many patches each token stands for in attention, which merging keeps; None
+            where each stands for one.
+        positions: ``(B, M)``: the patch of the grid, counted row by row, at whose place each token stands, once some
+            were removed. None while all are there in order (`reduced` is false), and after they were merged or
+            aggregated, when they have no place.
         source: ``(B, M, h·w)``, the share of each patch of the grid in each token; rows sum to one. Kept only on
             request (`track`) and once tokens were reduced: inference has no use for it.
-        track: Whether methods that reduce tokens shall keep `source`.
+        removed: ``(B, h·w, C)``: what every patch was when tokens were last removed, for those that are in no token
+            any more. Kept only on request (`track`).
+        track: Whether methods that reduce tokens shall keep `source` and `removed`.
     """
 
     x: Tensor
     prefix: int
     grid: Grid
     reduced: bool = False
+    size: Tensor | None = None
+    positions: Tensor | None = None
     source: Tensor | None = None
+    removed: Tensor | None = None
     track: bool = False
 
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens with other values."""
-        return Tokens(x, self.prefix, self.grid, self.reduced, self.source, self.track)
+        return replace(self, x=x)
 
     @property
     def patches(self) -> Tensor:
         """The patch tokens, ``(B, M, C)``."""
         return self.x[:, self.prefix :]
 
+    def keep(self, index: Tensor, fused: Tensor | None = None) -> Tokens:
+        """Keep some patch tokens and remove the others; prefix tokens pass through.
+
+        Args:
+            index: Which to keep, ``(B, K)``, counted from the first patch token.
+            fused: Weights ``(B, M)`` of one more token, a mean of patch tokens; they sum to one. It stands at the place
+                of the token that weighs most in it.
+        """
+
+        def pick(values: Tensor) -> Tensor:  # (B, M, D) → (B, K, D), and one more with a fused token
+            kept = take(values, index)
+            return kept if fused is None else torch.cat([kept, fused.to(values.dtype).unsqueeze(1) @ values], dim=1)
+
+        positions = self._positions()
+        if positions is not None:
+            last = index if fused is None else torch.cat([index, fused.argmax(dim=1, keepdim=True)], dim=1)
+            positions = positions.gather(1, last)
+        size = self.size
+        if size is not None:
+            size = torch.cat([size[:, : self.prefix], pick(size[:, self.prefix :].unsqueeze(-1)).squeeze(-1)], dim=1)
+        removed = self.expand()[:, self.prefix :] if self.track else None
+        return self._reduced(pick, size=size, positions=positions, removed=removed)
+
+    def merge(self, merge: Callable[[Tensor], Tensor], size: Tensor) -> Tokens:
+        """Merge patch tokens; prefix tokens pass through.
+
+        Args:
+            merge: Takes values of the patch tokens, ``(B, M, D)``, and gives those of the merged ones, ``(B, M', D)``,
+                each a mean of some.
+            size: How many patches each token stands for then, ``(B, P + M')``, in fp32.
+        """
+        return self._reduced(merge, size=size)
+
     def aggregate(self, pooled: Tensor, weights: Tensor) -> Tokens:
         """The tokens after a linear reduction of the patch tokens; prefix tokens pass through.
+
+        Each new token counts for one in attention, whatever the old ones stood for.
 
         Args:
             pooled: The new patch tokens, ``(B, M', C)``.
@@ -66,7 +112,7 @@ class Tokens:
         source = None
         if self.track:
             source = weights if self.source is None else weights @ self.source
-        return replace(self, x=x, reduced=True, source=source)
+        return replace(self, x=x, reduced=True, size=None, positions=None, source=source)
 
     def reduce(self, dense: Tensor) -> Tensor:
         """Reduce the tokens of the dense model the way these were: ``(B, P + h·w, C)`` → ``(B, P + M, C)``."""
@@ -79,13 +125,32 @@ class Tokens:
         """Put the tokens back on the full grid: ``(B, P + M, C)`` → ``(B, P + h·w, C)``.
 
         Each patch becomes the mean of the tokens it went into, weighted by its share in them (Yu et al., 2023, arXiv
-        2310.07664).
+        2310.07664). A patch that went into none has the value it had when it was removed.
         """
         if not self.reduced:
             return self.x
         share = self._tracked().transpose(1, 2)  # (B, h·w, M)
-        share = share / share.sum(dim=-1, keepdim=True).clamp_min(1e-6)
-        return torch.cat([self.x[:, : self.prefix], share.to(self.x.dtype) @ self.patches], dim=1)
+        total = share.sum(dim=-1, keepdim=True)
+        patches = (share / total.clamp_min(1e-6)).to(self.x.dtype) @ self.patches
+        if self.removed is not None:
+            patches = torch.where(total > 0, patches, self.removed)
+        return torch.cat([self.x[:, : self.prefix], patches], dim=1)
+
+    def _reduced(self, reduce: Callable[[Tensor], Tensor], **changes: Any) -> Tokens:
+        """The tokens after a linear map of the patch tokens, ``(B, M, D)`` → ``(B, M', D)``."""
+        x = torch.cat([self.x[:, : self.prefix], reduce(self.patches)], dim=1)
+        source = None
+        if self.track:
+            batch, patches, _ = self.patches.shape
+            one_each = torch.eye(patches, dtype=x.dtype, device=x.device).expand(batch, -1, -1)
+            source = reduce(one_each if self.source is None else self.source)
+        return replace(self, **{"x": x, "reduced": True, "source": source, "positions": None, **changes})
+
+    def _positions(self) -> Tensor | None:
+        if self.reduced:
+            return self.positions
+        batch, patches, _ = self.patches.shape
+        return torch.arange(patches, device=self.x.device).expand(batch, -1)
 
     def _tracked(self) -> Tensor:
         if self.source is None:
@@ -93,25 +158,49 @@ class Tokens:
         return self.source
 
 
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens by index, image by image: ``(B, N, D)`` and ``(B, K)`` → ``(B, K, D)``."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
 class LeanBlock(Block):
-    """A timm block with, in front of it, the stages that change the tokens before they enter."""
+    """A timm block with two more places, where tokens change: in front of it, and between its attention and its MLP.
+
+    What sits in front (`stages`) takes and gives `Tokens`. What sits between (`reducers`) takes `Tokens` and what came
+    of the attention, queries and keys included, and gives `Tokens`.
+    """
 
     stages: nn.ModuleDict
+    reducers: nn.ModuleDict
 
     def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
         for stage in self.stages.values():
             tokens = stage(tokens)
-        return tokens.with_x(super().forward(tokens.x))
+        attended = self.mix(tokens)
+        tokens = tokens.with_x(attended.x)
+        for reducer in self.reducers.values():
+            tokens = reducer(tokens, attended)
+        return tokens.with_x(self.feed(tokens.x))
+
+    def mix(self, tokens: Tokens) -> Attended:
+        """The block's attention, the residual added."""
+        attended = attend(self.attn, self.norm1(tokens.x), tokens, tell=bool(self.reducers))
+        return attended._replace(x=tokens.x + self.drop_path1(self.ls1(attended.x)))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The block's MLP, the residual added."""
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def lean_modules(self) -> list[LeanModule]:
         """The modules in this block that a method put there, in the order in which tokens meet them."""
         from .methods.base import LeanModule
 
-        return [m for m in (*self.stages.values(), self.attn, self.mlp) if isinstance(m, LeanModule)]
+        modules = (*self.stages.values(), self.attn, *self.reducers.values(), self.mlp)
+        return [module for module in modules if isinstance(module, LeanModule)]
 
     def __repr__(self) -> str:
         attention = "dense" if type(self.attn) is Attention else repr(self.attn)
-        return ", ".join([*map(repr, self.stages.values()), attention])
+        return ", ".join([*map(repr, self.stages.values()), attention, *map(repr, self.reducers.values())])
 
 
 class LeanBlocks(nn.Sequential):
@@ -223,7 +312,8 @@ class LeanModel:
             return last[0].x
 
         normed = super(LeanModel, with_blocks(self, blocks)).forward_features(x)  # type: ignore[misc]
-        return last[0].with_x(normed)
+        removed = last[0].removed
+        return replace(last[0], x=normed, removed=None if removed is None else self.norm(removed))  # type: ignore[attr-defined]
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's own, with maps on the full grid: removed or aggregated tokens put back in their places."""
@@ -342,8 +432,9 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
             reason = module.not_ready()
             if reason and not force:
                 raise DeployError(f"block {index} is not ready to deploy: {reason}; force=True deploys it all the same")
-        for name, stage in block.stages.items():
-            block.stages[name] = stage.deployed()
+        for place in (block.stages, block.reducers):
+            for name, module in place.items():
+                place[name] = module.deployed()
         for name in ("attn", "mlp"):
             module = getattr(block, name)
             if hasattr(module, "deployed"):
@@ -367,7 +458,7 @@ def restore(model: nn.Module) -> VisionTransformer:
         for module in (block.attn, block.mlp):
             if hasattr(module, "original"):
                 module.original()
-        del block.stages
+        del block.stages, block.reducers
         block.__class__ = Block
     dense.blocks = nn.Sequential(*dense.blocks.children())
     dense.__class__ = _DENSE_CLASSES[type(model)]
@@ -399,18 +490,43 @@ def check_supported(model: Any) -> None:
             raise UnsupportedModelError(f"block {index} uses {name}; only timm's plain Attention is supported")
 
 
+NEEDS = {
+    "needs_all_tokens": "every token at its place",
+    "needs_positions": "to know the place of each token",
+    "needs_fixed_tokens": "the same tokens in every image",
+}
+"""What a module may need of the tokens that reach it, by the name under which it says so."""
+
+
 def check_order(lean: LeanVisionTransformer) -> None:
-    """Refuse a module whose positions are gone when tokens reach it."""
-    reduced_by = ""
+    """Refuse a module that cannot use the tokens that reach it, or what its block's attention tells."""
+    lost: dict[str, str] = {}  # what tokens no longer have, and why
     for index, block in enumerate(lean.blocks):
         for module in block.lean_modules():
-            if module.needs_all_tokens and reduced_by:
+            for need, what in NEEDS.items():
+                if getattr(module, need) and need in lost:
+                    raise MethodError(
+                        f"{module.method}: block {index} needs {what}, but {lost[need]}; use blocks before that"
+                    )
+            if module.reduces_tokens:
+                where = "in" if module in block.reducers.values() else "before"
+                reason = f"{module.method} reduces the tokens {where} block {index}"
+                kept = {"needs_positions": module.keeps_positions, "needs_fixed_tokens": module.keeps_fixed_tokens}
+                lost |= {need: reason for need in NEEDS if need not in lost and not kept.get(need)}
+        check_attention(index, block)
+
+
+def check_attention(index: int, block: LeanBlock) -> None:
+    """Refuse a reducer that asks its block's attention for what that does not have."""
+    attention: Any = block.attn
+    reducers: Any = block.reducers.values()
+    for reducer in reducers:
+        for what in reducer.needs_attention:
+            if type(attention) is not Attention and what not in getattr(attention, "tells", ()):
                 raise MethodError(
-                    f"{module.method}: block {index} needs every token at its place, but {reduced_by}; "
-                    "use blocks before that"
+                    f"{reducer.method}: block {index} cannot {reducer.purpose}: its attention ({attention!r}) has no "
+                    f"{what} to tell; use other blocks"
                 )
-            if module.reduces_tokens and not reduced_by:
-                reduced_by = f"{module.method} reduces the tokens before block {index}"
 
 
 def digests(state: dict[str, Tensor]) -> dict[str, str]:
@@ -427,7 +543,7 @@ def _lean_blocks(model: LeanVisionTransformer) -> LeanBlocks:
     blocks = list(model.blocks.children())
     for block in blocks:
         block.__class__ = LeanBlock
-        block.stages = nn.ModuleDict()
+        block.stages, block.reducers = nn.ModuleDict(), nn.ModuleDict()
     lean = LeanBlocks(*blocks)
     lean.prefix, lean.grid = model.num_prefix_tokens, model.patch_embed.grid_size
     return lean

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
-from .base import LeanModule, Method, Plan
+from .base import LeanModule, Method, Plan, Reducer
 
-__all__ = ["LeanModule", "Method", "Plan", "available", "from_config", "parse", "register"]
+__all__ = ["LeanModule", "Method", "Plan", "Reducer", "available", "from_config", "parse", "register"]
 
 _registry: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=Method)

@@ -28,8 +28,18 @@ class LeanModule(nn.Module):
     method: ClassVar[str] = ""
     needs_all_tokens: ClassVar[bool] = False
     """Whether it works only on all tokens of the grid, in order."""
+    needs_positions: ClassVar[bool] = False
+    """Whether it must know at which patch's place each token stands; some may be gone (`Tokens.positions`)."""
+    needs_fixed_tokens: ClassVar[bool] = False
+    """Whether the token at each index must come from the same patches in every image."""
     reduces_tokens: ClassVar[bool] = False
     """Whether fewer tokens leave it than enter it."""
+    keeps_positions: ClassVar[bool] = False
+    """Of one that reduces: whether each token that leaves it has a place still."""
+    keeps_fixed_tokens: ClassVar[bool] = False
+    """Of one that reduces: whether it makes the token at each index from the same tokens in every image."""
+    tells: ClassVar[tuple[str, ...]] = ()
+    """Of an attention with a method `attend`: what it tells, of "queries" and "keys"."""
 
     def start(self, dense: Block, inputs: Iterable[Tensor]) -> None:
         """Warm start in closed form.
@@ -72,6 +82,20 @@ class LeanModule(nn.Module):
         return positions
 
 
+class Reducer(LeanModule):
+    """A module between a block's attention and its MLP: ``forward(tokens, attended)`` gives fewer `Tokens`.
+
+    It goes into ``block.reducers``. What came of the attention of the same block is `leanvit.attention.Attended`: the
+    queries and keys of the tokens that it is given.
+    """
+
+    reduces_tokens: ClassVar[bool] = True
+    needs_attention: ClassVar[tuple[str, ...]] = ()
+    """What the block's attention must tell, of "queries" and "keys"."""
+    purpose: ClassVar[str] = "choose tokens"
+    """What it does with that, for the error that says an attention does not tell it."""
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of the methods: a frozen dataclass of parameters, checked when built and written to JSON and back."""
@@ -83,7 +107,7 @@ class Method:
     """What `losses` reads from the recorder; nothing else is collected while training."""
 
     def reductions(self, depth: int) -> tuple[int, ...]:
-        """The blocks in front of which tokens are reduced, in a model of `depth` blocks; needs resolved parameters."""
+        """The blocks in front of or in which tokens are reduced, in a model of `depth`; needs resolved parameters."""
         return ()
 
     def resolve(self, plan: Plan) -> Self:
@@ -137,7 +161,7 @@ class Plan:
         self.images = images
         self.depth = len(model.blocks)
         self.first_reduction = self.depth
-        """The first block in front of which a method reduces tokens; the depth where none does."""
+        """The first block in front of or in which a method reduces tokens; the depth where none does."""
 
     @cached_property
     def statistics(self) -> list[LayerStatistics]:

@@ -16,8 +16,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from ..analysis import attention_map
+from ..attention import project
 from ..errors import ConfigError, InputSizeError, MethodError
-from ..fast import project
 from ..ops.static import resize_static, static_attention
 from ..record import Recorder, offer
 from . import register

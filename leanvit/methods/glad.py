@@ -100,7 +100,9 @@ class Aggregation(LeanModule):
     """
 
     method: ClassVar[str] = GLAD.name
+    needs_fixed_tokens: ClassVar[bool] = True
     reduces_tokens: ClassVar[bool] = True
+    keeps_fixed_tokens: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ("bias",)
 
     def __init__(self, dim: int, positions: Tensor, keep: float, layer: int) -> None:
