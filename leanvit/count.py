@@ -130,8 +130,8 @@ def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _fused_linear(x: Any, *others: Any, **kwargs: Any) -> int:
-    # (input, weight, …), or (input, residual, weight, …) where it adds a residual
-    weight = others[0] if len(others[0]) == 2 and others[0][-1] == x[-1] and len(x) > 2 else others[1]
+    # (input, weight, bias, what follows, …), or (input, residual, weight, bias, …) where it adds a residual
+    weight = others[0] if isinstance(others[2], str) else others[1]
     return int(2 * math.prod(x) * weight[0])
 
 

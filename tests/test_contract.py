@@ -205,6 +205,8 @@ def test_gradient_checkpointing_changes_nothing(case):
 @each_method
 @torch.no_grad()
 def test_exports(case):
+    if any(method.data_dependent for method in case.methods()):
+        pytest.skip("its cost depends on the image: no fixed graph")
     _, images, lean = warm(case)
     fast = leanvit.deploy(lean)
     program = torch.export.export(fast, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))

@@ -103,6 +103,8 @@ class Method:
     name: ClassVar[str]
     reduces_tokens: ClassVar[bool] = False
     """Whether fewer tokens leave some block than enter it."""
+    data_dependent: ClassVar[bool] = False
+    """Whether what the deployed form computes, and so its cost, depends on the image: there is no graph to export."""
     loss_kinds: ClassVar[tuple[str, ...]] = ()
     """What `losses` reads from the recorder; nothing else is collected while training."""
 
