@@ -174,6 +174,33 @@ def open_data(
     )
 
 
+def open_held_out(
+    path: str,
+    model: nn.Module | None = None,
+    *,
+    train_split: str | None = None,
+    val_split: str | None = None,
+    class_map: ClassMap = "",
+) -> ImageData | None:
+    """The labelled images to measure on: the split asked for, else the evaluation half of a path that is divided.
+
+    Args:
+        path, model, class_map: As for `open_data`.
+        train_split: What is trained on, if it was named: then nothing is held out unless `val_split` says so.
+        val_split: The split to measure on.
+
+    Returns:
+        None where nothing is held out.
+    """
+    if val_split is None:
+        if train_split is not None or path.startswith(("wds/", "hfds/")):
+            return None
+        halves = (open_data(path, training=training, class_map=class_map) for training in (True, False))
+        if len({half.reader.filename(0, absolute=True) for half in halves}) == 1:
+            return None
+    return open_data(path, model, split=val_split, class_map=class_map)
+
+
 def class_names(dataset: Dataset[Any], model: nn.Module) -> list[str] | None:
     """The names of a model's classes where the data has one for each."""
     names = getattr(dataset, "classes", [])

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +17,7 @@ import yaml
 from safetensors import SafetensorError
 
 from .errors import CheckpointError, ConfigError
+from .files import written_whole
 
 Row = dict[str, Any]
 """What is known of one epoch: its number, train loss and terms, val top-1, lr and images/s."""
@@ -62,7 +63,8 @@ class RunFolder:
             shutil.rmtree(leftover)
         with _writing_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_text(self.path / "args.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+            with written_whole(self.path / "args.yaml") as part:
+                part.write_text(yaml.safe_dump(self.settings, sort_keys=False))
 
     def partial(self, epochs: int) -> Path:
         """Where the checkpoint after so many epochs is put together before it gets its name."""
@@ -98,7 +100,10 @@ class RunFolder:
         summary = [{name: row[ours] for ours, name in timm_names.items() if ours in row} for row in rows]
         with _writing_errors(self.path):
             for file, table in (("metrics.csv", rows), ("summary.csv", summary)):
-                _write_csv(self.path / file, table)
+                with written_whole(self.path / file) as part, part.open("w", newline="") as text:
+                    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in table for name in row)))
+                    writer.writeheader()
+                    writer.writerows(table)
 
     def _checkpoints(self) -> list[Path]:
         numbered = {
@@ -148,26 +153,3 @@ def _writing_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError for a full disk
         raise CheckpointError(f"{path} cannot be written: {' '.join(str(error).split())[:300]}") from error
-
-
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    _write_whole(path, write)
-
-
-def _write_text(path: Path, text: str) -> None:
-    def write(partial: Path) -> None:
-        partial.write_text(text)
-
-    _write_whole(path, write)
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    write(partial)
-    partial.replace(path)

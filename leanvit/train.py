@@ -28,7 +28,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .data import ImageData, class_names, loader, open_data, report_damage
+from .data import class_names, loader, open_data, open_held_out, report_damage
 from .errors import ConfigError, DataError, TrainingDiverged
 from .model import LeanModel, digests
 from .objective import Objective, Teacher
@@ -389,7 +389,13 @@ def _open_both(
             data, model, split=config.train_split, training=True, class_map=config.class_map, augment=augment
         )
         if val_data is None:
-            held_out = _held_out(os.fspath(data), training, model, config)
+            held_out = open_held_out(
+                os.fspath(data),
+                model,
+                train_split=config.train_split,
+                val_split=config.val_split,
+                class_map=config.class_map,
+            )
     elif augment:
         raise ConfigError(f"{', '.join(augment)}: a data set brings its own augmentation; leave it out or give a path")
     else:
@@ -404,16 +410,6 @@ def _open_both(
         if not hasattr(dataset, "__len__") or not len(dataset):
             raise ConfigError(f"{type(dataset).__name__} is empty or has no length; training must know how long it is")
     return training, held_out
-
-
-def _held_out(path: str, training: ImageData, model: nn.Module, config: TrainConfig) -> ImageData | None:
-    """The evaluation split below a path: the one asked for, or the one that a divided path has."""
-    undivided = config.train_split is not None or path.startswith(("wds/", "hfds/"))
-    if config.val_split is None and undivided:
-        return None
-    found = open_data(path, model, split=config.val_split, class_map=config.class_map)
-    first, other = (images.reader.filename(0, absolute=True) for images in (training, found))
-    return None if config.val_split is None and first == other else found
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -165,18 +165,16 @@ def unlabelled(data_dir: str, training: Training, model: VisionTransformer) -> s
 
 
 def held_out(data_dir: str, training: Training, model: VisionTransformer) -> ImageData | None:
-    """The images to measure on: the split asked for, else that of divided data; None where there is none."""
-    from ..data import open_data
+    """The images to measure on; None where there are none."""
+    from ..data import open_held_out
 
-    if training.val_split is None:
-        if training.train_split or data_dir.startswith(("wds/", "hfds/")):
-            return None
-        halves = (
-            open_data(data_dir, training=is_training, class_map=training.class_map) for is_training in (True, False)
-        )
-        if len({half.reader.filename(0, absolute=True) for half in halves}) == 1:
-            return None
-    return open_data(data_dir, model, split=training.val_split, class_map=training.class_map)
+    return open_held_out(
+        data_dir,
+        model,
+        train_split=training.train_split,
+        val_split=training.val_split,
+        class_map=training.class_map,
+    )
 
 
 def lean_beside_dense(

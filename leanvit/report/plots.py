@@ -15,7 +15,7 @@ from matplotlib.transforms import Bbox
 
 from leanvit.errors import ConfigError
 
-from .files import written_whole
+from ..files import written_whole
 from .tables import Row, read_csv
 
 # Okabe and Ito's colours, told apart by colour-blind readers; black is the dense model's.

@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 
 from leanvit.errors import ConfigError
 
-from .files import written_whole
+from ..files import written_whole
 
 Row = dict[str, Any]
 

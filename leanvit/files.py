@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from leanvit.errors import ConfigError
+from .errors import ConfigError
 
 
 @contextmanager
