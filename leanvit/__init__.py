@@ -15,6 +15,7 @@ from .errors import (
     TrainingDiverged,
     UnsupportedModelError,
 )
+from .explain import Explanation, explain
 from .measure import compare, evaluate
 from .methods.dgssa import DGSSA
 from .methods.glad import GLAD
@@ -33,6 +34,7 @@ __all__ = [
     "Cost",
     "DataError",
     "DeployError",
+    "Explanation",
     "InputSizeError",
     "LayerStatistics",
     "LeanVitError",
@@ -49,6 +51,7 @@ __all__ = [
     "deploy",
     "distill",
     "evaluate",
+    "explain",
     "from_hub",
     "load",
     "push_to_hub",

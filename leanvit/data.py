@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from .errors import ConfigError, DataError
+from .photos import in_mode
 from .readers import DigitsReader, ImageReader, ShardReader
 
 DAMAGE_LIMIT = 0.01
@@ -92,7 +93,7 @@ class ImageData(Dataset[tuple[Tensor, int] | None]):
         try:
             file, label = self.reader[index]
             with file, Image.open(file) as image:
-                pixels = image.convert(self.mode)  # decodes it all, so what was cut short fails here
+                pixels = in_mode(image, self.mode)  # decodes it all, so what was cut short fails here
         except Exception as reason:  # a decoder that is given damaged bytes raises anything
             self._mark_damaged(index, reason)
             return None

@@ -134,7 +134,8 @@ class StaticAttention(LeanModule, Attention):
         if alpha < 1:
             mixed = self._guided(x, alpha)
         else:
-            offer("attention", self.layer, lambda: self.static)
+            offer("static_attention", self.layer, lambda: self.static)
+            offer("dynamic_attention", self.layer, lambda: attention_map(self, x))
             mixed = static_attention(self.attn_drop(self.static), self._values(x))
         return project(self, x, mixed)
 
@@ -142,8 +143,9 @@ class StaticAttention(LeanModule, Attention):
         dynamic = attention_map(self, x)  # (B, H, N, N)
         static = self.static
         offer("guidance", self.layer, lambda: guidance_loss(dynamic, static))
+        offer("static_attention", self.layer, lambda: static)
+        offer("dynamic_attention", self.layer, lambda: dynamic)
         attention = torch.lerp(dynamic, static.to(dynamic.dtype).expand_as(dynamic), alpha)
-        offer("attention", self.layer, lambda: attention)
         v = self._values(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, d)
         return (self.attn_drop(attention).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
@@ -193,6 +195,7 @@ class DeployedStaticAttention(nn.Module):
     def __init__(self, trained: StaticAttention) -> None:
         super().__init__()
         weight, bias = value_projection(trained)
+        self.layer = trained.layer
         self.gate, self.norm, self.proj, self.proj_drop = trained.gate, trained.norm, trained.proj, trained.proj_drop
         # Rows of S sum to one, so a bias of the values comes out as it went in: the projection's bias can carry it.
         if bias is not None and isinstance(self.norm, nn.Identity) and self.gate is None:
@@ -206,6 +209,7 @@ class DeployedStaticAttention(nn.Module):
         self.static = nn.Parameter(trained.static.detach())
 
     def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
+        offer("static_attention", self.layer, lambda: self.static)
         return project(self, x, static_attention(self.static, self.v(x)), *residual)
 
     def __repr__(self) -> str:

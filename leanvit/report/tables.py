@@ -60,8 +60,10 @@ COLUMNS = (
 # What is printed: heading and format of each column, in reading order. Columns of `COLUMNS` that are not here
 # are for files.
 _PRINTED = {
+    "photo": ("photo", "{}"),
     "model": ("model", "{}"),
     "method": ("method", "{}"),
+    "prediction": ("prediction", "{}"),
     "layer": ("layer", "{}"),
     "top1": ("top-1 %", "{:.1f}"),
     "top1_diff": ("diff", "{:+.1f}"),
