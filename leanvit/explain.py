@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
@@ -274,7 +274,7 @@ class Explainer:
         if len(set(classes.values())) > 1:
             raise ConfigError(f"the teacher has {classes['dense']} classes, the lean model {classes['lean']}")
         self.names = class_descriptions(model, class_names)
-        self.grid: Grid = self.lean.patch_embed.grid_size
+        self.grid: Grid = cast(Any, model).patch_embed.grid_size
         self.query = _query(query, self.grid)
         self.rounds = rounds
 

@@ -37,10 +37,10 @@ def explain_photos(
     left out, and what a patch attends to, block by block. Writes PNG files, and explained.json with the figures.
     """
     from ..explain import Explainer
+    from ..files import written_whole
     from ..measure import environment
     from ..photos import read_photo
     from ..report.figures import as_png
-    from ..report.files import written_whole
     from ..report.tables import Table
     from ..store import resolve_model
 
