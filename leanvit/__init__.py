@@ -8,6 +8,7 @@ from .errors import (
     ConfigError,
     DataError,
     DeployError,
+    ExportError,
     InputSizeError,
     LeanVitError,
     MethodError,
@@ -16,6 +17,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .explain import Explanation, explain
+from .export import export
 from .measure import compare, evaluate
 from .methods.dgssa import DGSSA
 from .methods.glad import GLAD
@@ -35,6 +37,7 @@ __all__ = [
     "DataError",
     "DeployError",
     "Explanation",
+    "ExportError",
     "InputSizeError",
     "LayerStatistics",
     "LeanVitError",
@@ -52,6 +55,7 @@ __all__ = [
     "distill",
     "evaluate",
     "explain",
+    "export",
     "from_hub",
     "load",
     "push_to_hub",

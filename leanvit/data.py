@@ -161,7 +161,7 @@ def open_data(
     if num_classes is None:
         num_classes = getattr(model, "num_classes", None)
     reader = _open_reader(path, split, training, class_map)
-    classes, relabel = _match_classes(path, _found_classes(reader), _known_classes(model), num_classes, bool(class_map))
+    classes, relabel = _match_classes(path, _found_classes(reader), known_classes(model), num_classes, bool(class_map))
     return _prepare(
         reader,
         path,
@@ -441,8 +441,8 @@ def _found_classes(reader: ImageReader) -> dict[str, int]:
     return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
 
 
-def _known_classes(model: nn.Module | None) -> list[str]:
-    """The names a model has for its classes, if it has them."""
+def known_classes(model: nn.Module | None) -> list[str]:
+    """The names a model has for its classes (`label_names` of its `pretrained_cfg`); empty where it has none."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or []
     return list(names.values()) if isinstance(names, Mapping) else list(names)
 

@@ -31,6 +31,10 @@ class DeployError(LeanVitError, RuntimeError):
     """A lean model that is not ready for its deployed form."""
 
 
+class ExportError(LeanVitError, RuntimeError):
+    """A model that cannot be exported, or a file whose outputs are not the model's."""
+
+
 class DataError(LeanVitError, ValueError):
     """A data set that is missing, empty, damaged or does not fit the model."""
 

@@ -13,6 +13,10 @@ OPTIONAL = {
     "tensorboard": "leanvit[tensorboard]",
     "wandb": "leanvit[wandb]",
     "datasets": "leanvit[datasets]",
+    "onnx": "leanvit[onnx]",
+    "onnxscript": "leanvit[onnx]",
+    "onnxruntime": "leanvit[onnx]",
+    "openvino": "leanvit[openvino]",
 }
 """Packages that leanvit works without, and what they come with."""
 

@@ -34,6 +34,10 @@ def static_attention(static: Tensor, v: Tensor) -> Tensor:
         ``(B, N, C)``.
     """
     heads, tokens, _ = static.shape
+    if torch.compiler.is_exporting():
+        # In an exported graph the two permutations below are copies, in onnxruntime by a single thread: six layers of
+        # DeiT-T take 23.9 ms with them at batch 32, and 18.6 ms as one product a head.
+        return torch.cat([static[head] @ values for head, values in enumerate(v.chunk(heads, dim=-1))], dim=-1)
     images = v.shape[0]
     cpu_batch = v.is_cpu and images > 1 and not needs_gradient(static, v) and not torch.compiler.is_compiling()
     if not cpu_batch:
