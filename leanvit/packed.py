@@ -1,0 +1,223 @@
+"""A timm block for inference that computes only what a policy asks for: these patches, heads and sub-layers of an image.
+
+Tokens that take part are packed, those of all images in one matrix; what takes no part is not computed, and keeps its
+value. The policies are AdaViT's (Meng et al., CVPR 2022, arXiv 2111.15668); the packing is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from .fast import FastMlp, project
+from .model import LeanBlock, Tokens
+from .ops.linear import linear
+from .ops.packed import packed_attention, packed_rows, rounded_up
+from .record import offer
+
+Heads = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What takes part in a block.
+
+    Args:
+        keep: Tokens, ``(B, N)`` bool.
+        heads: Attention heads, ``(B, H)`` bool.
+        sublayers: Attention and MLP, ``(B, 2)`` bool.
+    """
+
+    keep: Tensor
+    heads: Tensor
+    sublayers: Tensor
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """How many tokens of each image take part."""
+        return self.keep.sum(dim=1).tolist()
+
+    @cached_property
+    def used_heads(self) -> list[Heads]:
+        """The heads that each image uses."""
+        return [tuple(head for head, used in enumerate(row) if used) for row in self.heads.tolist()]
+
+    @cached_property
+    def running(self) -> tuple[list[int], list[int]]:
+        """The images that attention runs for, and those that the MLP runs for."""
+        rows = self.sublayers.tolist()
+        attention, mlp = (
+            [image for image, row in enumerate(rows) if row[which] and self.lengths[image]] for which in (0, 1)
+        )
+        return attention, mlp
+
+
+class PackedBlock(LeanBlock):
+    """A block for inference that skips what its `decide` leaves out, for any mixture of policies in a batch."""
+
+    decide: Any
+
+    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
+        for stage in self.stages.values():
+            tokens = stage(tokens)
+        normed = self.norm1(tokens.x)
+        policy: Policy = self.decide.policy(normed, tokens.prefix)
+        self.decide.offer_usage(policy.keep[:, tokens.prefix :], policy.heads, policy.sublayers)
+        offer("macs", self.decide.layer, lambda: self.macs(policy))
+        x = tokens.x.flatten(0, 1).clone()  # (B·N, C)
+        self._attend(x, normed.flatten(0, 1), policy)
+        self._transform(x, policy)
+        return tokens.with_x(x.view_as(tokens.x))
+
+    def _attend(self, x: Tensor, normed: Tensor, policy: Policy) -> None:
+        """Attention, added to `x` in place; images that use the same heads go together."""
+        heads, lengths = policy.used_heads, policy.lengths
+        images = sorted(policy.running[0], key=lambda image: (heads[image], lengths[image]))
+        groups = [(used, [lengths[image] for image in some]) for used, some in groupby(images, lambda i: heads[i])]
+        if not groups:
+            return
+        ends = list(accumulate(sum(some) for _, some in groups))
+        rows = packed_rows(policy.keep, images)
+        # Products take a few rows more than a group has: they are the next group's, and their results are dropped.
+        spare = max(end - sum(some) + rounded_up(sum(some)) for end, (_, some) in zip(ends, groups, strict=True))
+        rows = nn.functional.pad(rows, (0, spare - ends[-1]))
+        inputs, residual = normed.index_select(0, rows), x.index_select(0, rows)
+        for end, (used, some) in zip(ends, groups, strict=True):
+            start = end - sum(some)
+            part = slice(start, start + rounded_up(sum(some)))
+            mixed = self.attn(inputs[part], residual[part], used, some)
+            x.index_copy_(0, rows[start:end], mixed[: end - start])
+
+    def _transform(self, x: Tensor, policy: Policy) -> None:
+        """The MLP, added to `x` in place."""
+        images = policy.running[1]
+        total = sum(policy.lengths[image] for image in images)
+        if not total:
+            return
+        rows = nn.functional.pad(packed_rows(policy.keep, images), (0, rounded_up(total) - total))
+        residual = x.index_select(0, rows)
+        if isinstance(self.mlp, FastMlp):
+            out = self.mlp(self.norm2(residual), residual)
+        else:
+            out = residual + self.drop_path2(self.ls2(self.mlp(self.norm2(residual))))
+        x.index_copy_(0, rows[:total], out[:total])
+
+    def macs(self, policy: Policy) -> Tensor:
+        """MACs of this block for each image, ``(B,)``, by formula: what its policy asks for, nothing rounded up."""
+        attention, mlp = (policy.sublayers & policy.keep.any(dim=1, keepdim=True)).double().unbind(1)
+        tokens = policy.keep.sum(dim=1).double()
+        heads = policy.heads.sum(dim=1).double()
+        hidden = sum(module.weight.numel() for module in self.mlp.modules() if isinstance(module, nn.Linear))
+        attending = self.attn.macs(tokens, heads)
+        return attention * attending + mlp * tokens * hidden + self.decide.macs(policy.keep.shape[1])
+
+
+class HeadwiseLinear(nn.Linear):
+    """The rows of a joint projection that belong to some heads, and only those; ordered head by head.
+
+    Args:
+        joint: timm's projection, rows ordered query, key, value, in each of them by head.
+        heads: H.
+        parts: Which of query, key and value (0, 1, 2) it holds.
+    """
+
+    def __init__(self, joint: nn.Linear, heads: int, parts: Sequence[int]) -> None:
+        weight, bias = (
+            None if x is None else x.detach().unflatten(0, (3, heads, -1))[list(parts)].transpose(0, 1).flatten(0, 2)
+            for x in (joint.weight, joint.bias)
+        )
+        assert weight is not None
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight.contiguous())
+        if bias is not None:
+            self.bias = nn.Parameter(bias.contiguous())
+        self.heads, self.parts = heads, len(parts)
+
+    def forward(self, x: Tensor, ranges: Sequence[range]) -> Tensor:  # type: ignore[override]
+        """``(T, C)`` → ``(T, heads in the ranges, parts, d)``."""
+        width = self.out_features // self.heads
+        outs = []
+        for heads in ranges:
+            rows = slice(heads.start * width, heads.stop * width)
+            outs.append(linear(x, self.weight[rows], None if self.bias is None else self.bias[rows]))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return out.unflatten(1, (-1, self.parts, width // self.parts))
+
+
+class PackedAttention(nn.Module):
+    """timm's attention for inference over packed tokens, of the heads that are used.
+
+    Args:
+        attention: timm's; a head that is not used has no query, key, value nor output.
+        partial: A head that is not used puts its values out as they are.
+    """
+
+    def __init__(self, attention: Attention, partial: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.partial = attention.num_heads, attention.head_dim, partial
+        self.qkv = HeadwiseLinear(attention.qkv, self.num_heads, (0, 1) if partial else (0, 1, 2))
+        self.v = HeadwiseLinear(attention.qkv, self.num_heads, (2,)) if partial else None
+        for name in ("q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"):
+            setattr(self, name, getattr(attention, name))
+        self.all_heads = partial or attention.gate is not None or not isinstance(attention.norm, nn.Identity)
+
+    def forward(self, x: Tensor, residual: Tensor, heads: Heads, lengths: Sequence[int]) -> Tensor:
+        """Mix the tokens of some images that use the same heads, and add the residual.
+
+        Args:
+            x: Normed tokens, packed, ``(T, C)``.
+            residual: ``(T, C)``.
+            heads: The heads that the images use.
+            lengths: How many of the rows belong to each image; rows behind those are not to be used.
+        """
+        used = ranges(heads)
+        values = None if self.v is None else self.v(x, [range(self.num_heads)]).squeeze(2)  # (T, H, d)
+        mixed = self._mix(x, values, heads, lengths) if heads else None  # (T, heads, d)
+        if not self.all_heads:
+            assert mixed is not None
+            return self._project(mixed, residual, used)
+        whole = x.new_zeros(x.shape[0], self.num_heads, self.head_dim) if values is None else values
+        if mixed is not None:
+            whole[:, list(heads)] = mixed
+        return project(self, x, whole.flatten(1), residual)
+
+    def _mix(self, x: Tensor, values: Tensor | None, heads: Heads, lengths: Sequence[int]) -> Tensor:
+        q, k, *v = self.qkv(x, ranges(heads)).unbind(2)
+        v = v[0] if values is None else values[:, list(heads)]
+        return packed_attention(self.q_norm(q), self.k_norm(k), v, lengths)
+
+    def _project(self, mixed: Tensor, residual: Tensor, used: Sequence[range]) -> Tensor:
+        """The output projection of some heads: the columns of its weight that are theirs."""
+        bias, place = self.proj.bias, 0
+        for heads in used:
+            columns = slice(heads.start * self.head_dim, heads.stop * self.head_dim)
+            part = mixed[:, place : place + len(heads)].flatten(1)
+            residual = linear(part.contiguous(), self.proj.weight[:, columns], bias, residual=residual)
+            bias, place = None, place + len(heads)
+        return residual
+
+    def macs(self, tokens: Tensor, heads: Tensor) -> Tensor:
+        """MACs of images with so many tokens and used heads, both ``(B,)``."""
+        width = self.head_dim * self.qkv.in_features
+        per_head = tokens * self.qkv.parts * width + 2 * tokens**2 * self.head_dim
+        if not self.all_heads:
+            return heads * (per_head + tokens * width)
+        fixed = self.proj.weight.numel() + (0 if self.v is None else self.v.weight.numel())
+        gate = 0 if self.gate is None else sum(x.weight.numel() for x in self.gate.modules() if hasattr(x, "weight"))
+        return heads * per_head + tokens * (fixed + gate)
+
+    def __repr__(self) -> str:
+        return f"packed attention, {self.num_heads} heads"
+
+
+def ranges(heads: Heads) -> list[range]:
+    """Consecutive numbers as ranges: ``(0, 1, 3)`` → ``[range(0, 2), range(3, 4)]``."""
+    runs = groupby(enumerate(heads), lambda item: item[1] - item[0])
+    return [range(run[0][1], run[-1][1] + 1) for run in (list(members) for _, members in runs)]
