@@ -36,6 +36,12 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "main, short": {"method": LEAN, "epochs": 4},
     "no warm start": {"method": LEAN, "epochs": 4, "warm": False},
     "no guidance": {"method": LEAN.replace("auto:3", "auto:3,guidance=0"), "epochs": 4},
+    "adavit": {
+        "method": "adavit:patches=0.75,heads=0.75,blocks=0.7",
+        "epochs": 6,
+        "options": {"lr": 2e-3, "inherited_lr_scale": 0.05},
+        "budgets": (0.7, 0.5, 0.35),
+    },
     "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 4},
 }
 
@@ -106,15 +112,24 @@ def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> di
     leanvit.distill(lean, teacher, train, output=folder, resume=True, **options)
     fast = leanvit.deploy(lean)
     result = leanvit.evaluate(fast, val, teacher=teacher, progress=False)
+    row |= {"epochs": recipe["epochs"], "train_s": round(time.perf_counter() - start)}
+    if "budgets" in recipe:
+        return row | {"budgets": [at_budget(budget, lean, teacher, args) for budget in recipe["budgets"]]}
     dense_macs, macs = leanvit.count(teacher).macs, leanvit.count(fast).macs
     return row | {
-        "epochs": recipe["epochs"],
-        "train_s": round(time.perf_counter() - start),
         "top1": result.top1,
         "agreement": result.agreement,
         "gmacs": macs / 1e9,
         "macs_ratio": dense_macs / macs,
     }
+
+
+def at_budget(budget: float, lean: torch.nn.Module, teacher: torch.nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+    """The same trained model at another budget: thresholds from training photos without labels."""
+    train, val = data(args)
+    leanvit.set_budget(lean, budget, train)
+    row = leanvit.evaluate(leanvit.deploy(lean), val, teacher=teacher, progress=False).row()
+    return {"budget": budget, **row, "macs_ratio": leanvit.count(teacher).macs / 1e9 / row["gmacs_mean"]}
 
 
 def data(args: argparse.Namespace) -> tuple[str, str]:

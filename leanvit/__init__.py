@@ -2,6 +2,7 @@
 
 from .analysis import LayerStatistics, attention_statistics
 from .bench import bench
+from .budget import set_budget
 from .count import Cost, count
 from .errors import (
     CheckpointError,
@@ -19,6 +20,7 @@ from .errors import (
 from .explain import Explanation, explain
 from .export import export
 from .measure import compare, evaluate
+from .methods.adavit import AdaViT
 from .methods.dgssa import DGSSA
 from .methods.glad import GLAD
 from .model import Tokens, deploy, restore, slim
@@ -31,6 +33,7 @@ from .warmstart import warm_start
 __all__ = [
     "DGSSA",
     "GLAD",
+    "AdaViT",
     "CheckpointError",
     "ConfigError",
     "Cost",
@@ -62,6 +65,7 @@ __all__ = [
     "record",
     "restore",
     "save",
+    "set_budget",
     "slim",
     "train",
     "warm_start",

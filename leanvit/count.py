@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from .data import data_config
 from .errors import ConfigError, InputSizeError, UnsupportedModelError
 from .model import LeanModel, deploy
+from .record import Recorder, record
 
 KINDS = ("linear", "attention", "convolution", "other")
 REST = "(model)"
@@ -120,6 +121,23 @@ def count(
         by_layer=_by_layer(model, macs, params),
         by_kind=_by_kind(macs[""], params),
     )
+
+
+def constant_macs(model: nn.Module) -> float:
+    """MACs of the layers that cost the same for every image, in a deployed model where others do not.
+
+    Args:
+        model: A deployed model, some of whose blocks offer ``"macs"`` to the recorder, ``(B,)`` by a formula.
+    """
+    with record("macs") as found:
+        cost = count(model)
+    varying = {f"blocks.{one.layer}" for one in found["macs"]}
+    return sum(share.macs for layer, share in cost.by_layer.items() if layer not in varying)
+
+
+def image_macs(found: Recorder, constant: float) -> Tensor:
+    """MACs of each image of a batch, ``(B,)``, from what the recorder found in its forward pass and `constant_macs`."""
+    return constant + torch.stack([one.value for one in found["macs"]]).sum(dim=0).cpu()
 
 
 # ---- what runs

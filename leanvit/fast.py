@@ -89,11 +89,12 @@ def speed_up_block(block: Any) -> None:
         if type(module) is nn.Linear:
             module.__class__ = FastLinear
             module.weight = nn.Parameter(column_major(module.weight.detach()))
+    if plain_mlp:
+        block.mlp.__class__ = FastMlp
+        block.mlp.fc1.gelu = block.mlp.act.approximate
     if not (plain_mlp and knows_residual and nothing_between):
         return
     block.__class__ = FastBlock
-    block.mlp.__class__ = FastMlp
-    block.mlp.fc1.gelu = block.mlp.act.approximate
     if type(block.attn) is Attention:
         block.attn.__class__ = FastAttention
 

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .bench import PRECISIONS, bench, peak_memory, realised_share
-from .count import Cost, Share, count, deployed_form, evaluating, input_size
+from .count import Cost, Share, constant_macs, count, deployed_form, evaluating, image_macs, input_size
 from .data import loader, open_data
 from .errors import ConfigError, DataError, UnsupportedModelError
+from .model import LeanModel
 from .objective import Teacher
+from .record import Recorder, record
 from .report.tables import Row, Table
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class EvalResult:
         damaged: Names of the images that could not be read and were skipped.
         labels: The images' labels, ``(count,)``.
         predictions: The highest class of each image, ``(count,)``.
+        macs: What each image cost, ``(count,)``, where a deployed model decides that by the image; else None.
     """
 
     top1: float
@@ -68,6 +71,7 @@ class EvalResult:
     damaged: tuple[str, ...] = ()
     labels: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long))
     predictions: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long))
+    macs: Tensor | None = field(repr=False, compare=False, default=None)
 
     @property
     def top1_err(self) -> float:
@@ -82,7 +86,12 @@ class EvalResult:
     def row(self) -> Row:
         """The figures under the names of timm's results files."""
         row: Row = {name: getattr(self, name) for name in ("top1", "top1_err", "top5", "top5_err")}
-        return row if self.agreement is None else {**row, "agreement": self.agreement}
+        if self.agreement is not None:
+            row["agreement"] = self.agreement
+        if self.macs is not None:
+            low, high = self.macs.quantile(torch.tensor([0.05, 0.95], dtype=self.macs.dtype)).tolist()
+            row |= {"gmacs_mean": float(self.macs.mean()) / 1e9, "gmacs_p5": low / 1e9, "gmacs_p95": high / 1e9}
+        return row
 
 
 def evaluate(
@@ -135,7 +144,7 @@ def evaluate(
     model.to(device)
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
     autocast = torch.autocast(device.type, AMP[amp]) if amp else nullcontext()
-    counts = _Counts()
+    counts = _Counts(constant_macs(model) if decides_per_image(model) else 0.0)
     with evaluating(model), evaluating(model if teacher is None else teacher), torch.inference_mode(), autocast:
         guide = None if teacher is None else Teacher(teacher.to(device), model, tokens=False)
         for images, labels in track(
@@ -144,20 +153,28 @@ def evaluate(
             if len(images):
                 images = images.to(device, non_blocking=True)
                 input_size(model, images.shape[-2:])
-                counts.add(model(images.to(dtype or images.dtype)), labels, None if guide is None else guide(images)[0])
+                with record("macs") as found:
+                    logits = model(images.to(dtype or images.dtype))
+                counts.add(logits, labels, None if guide is None else guide(images)[0], found)
     return counts.result(_damaged(batches.dataset), agreement=teacher is not None)
 
 
 class _Counts:
-    """What adds up over the batches of an evaluation."""
+    """What adds up over the batches of an evaluation.
 
-    def __init__(self) -> None:
+    Args:
+        constant: MACs of the layers that cost the same for every image, where others do not.
+    """
+
+    def __init__(self, constant: float) -> None:
+        self.constant = constant
+        self.macs: list[Tensor] = []
         self.in_top5 = 0
         self.agreeing = 0
         self.labels: list[Tensor] = []
         self.predictions: list[Tensor] = []
 
-    def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> None:
+    def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, found: Recorder) -> None:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise UnsupportedModelError(f"the model is no classifier: its output has {found}, not (images, classes)")
@@ -170,6 +187,8 @@ class _Counts:
         self.in_top5 += int((best == labels[:, None]).sum())
         if teacher_logits is not None:
             self.agreeing += int((teacher_logits.argmax(dim=1).cpu() == best[:, 0]).sum())
+        if found["macs"]:
+            self.macs.append(image_macs(found, self.constant))
         self.labels.append(labels)
         self.predictions.append(best[:, 0])
 
@@ -186,7 +205,13 @@ class _Counts:
             damaged=damaged,
             labels=labels,
             predictions=predictions,
+            macs=torch.cat(self.macs) if self.macs else None,
         )
+
+
+def decides_per_image(model: nn.Module) -> bool:
+    """Whether what a deployed model computes, and so its cost, depends on the image."""
+    return isinstance(model, LeanModel) and model.lean.deployed and any(m.data_dependent for m in model.lean.methods)
 
 
 def _damaged(dataset: Dataset[Any]) -> tuple[str, ...]:

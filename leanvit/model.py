@@ -198,6 +198,24 @@ class LeanBlock(Block):
         modules = (*self.stages.values(), self.attn, *self.reducers.values(), self.mlp)
         return [module for module in modules if isinstance(module, LeanModule)]
 
+    def deployed(self) -> None:
+        """Turn the parts that a method put here into their inference forms, in place."""
+        for place in (self.stages, self.reducers):
+            for name, module in place.items():
+                place[name] = module.deployed()  # type: ignore[operator]
+        for name in ("attn", "mlp"):
+            module = getattr(self, name)
+            if hasattr(module, "deployed"):
+                setattr(self, name, module.deployed())
+
+    def original(self) -> None:
+        """Turn back into the timm block it was made of, in place."""
+        for module in (self.attn, self.mlp):
+            if hasattr(module, "original"):
+                module.original()
+        del self.stages, self.reducers
+        self.__class__ = Block  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         attention = "dense" if type(self.attn) is Attention else repr(self.attn)
         return ", ".join([*map(repr, self.stages.values()), attention, *map(repr, self.reducers.values())])
@@ -432,13 +450,7 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
             reason = module.not_ready()
             if reason and not force:
                 raise DeployError(f"block {index} is not ready to deploy: {reason}; force=True deploys it all the same")
-        for place in (block.stages, block.reducers):
-            for name, module in place.items():
-                place[name] = module.deployed()
-        for name in ("attn", "mlp"):
-            module = getattr(block, name)
-            if hasattr(module, "deployed"):
-                setattr(block, name, module.deployed())
+        block.deployed()
     speed_up(fast)
     fast.lean = replace(info, deployed=True)
     return fast.requires_grad_(False)
@@ -455,11 +467,7 @@ def restore(model: nn.Module) -> VisionTransformer:
         raise RestoreError("a deployed model has dropped dense weights; restore the lean model it was deployed from")
     dense: Any = copy.deepcopy(model)
     for block in dense.blocks:
-        for module in (block.attn, block.mlp):
-            if hasattr(module, "original"):
-                module.original()
-        del block.stages, block.reducers
-        block.__class__ = Block
+        block.original()
     dense.blocks = nn.Sequential(*dense.blocks.children())
     dense.__class__ = _DENSE_CLASSES[type(model)]
     dense.grad_checkpointing = cast(LeanModel, model).blocks.grad_checkpointing
@@ -513,6 +521,7 @@ def check_order(lean: LeanVisionTransformer) -> None:
                 reason = f"{module.method} reduces the tokens {where} block {index}"
                 kept = {"needs_positions": module.keeps_positions, "needs_fixed_tokens": module.keeps_fixed_tokens}
                 lost |= {need: reason for need in NEEDS if need not in lost and not kept.get(need)}
+            module.check_block(block)
         check_attention(index, block)
 
 

@@ -70,7 +70,7 @@ class PackedBlock(LeanBlock):
         normed = self.norm1(tokens.x)
         policy: Policy = self.decide.policy(normed, tokens.prefix)
         self.decide.offer_usage(policy.keep[:, tokens.prefix :], policy.heads, policy.sublayers)
-        offer("macs", self.decide.layer, lambda: self.macs(policy))
+        offer("macs", self.decide.layer, lambda: self.macs(policy, tokens.prefix))
         x = tokens.x.flatten(0, 1).clone()  # (B·N, C)
         self._attend(x, normed.flatten(0, 1), policy)
         self._transform(x, policy)
@@ -109,14 +109,15 @@ class PackedBlock(LeanBlock):
             out = residual + self.drop_path2(self.ls2(self.mlp(self.norm2(residual))))
         x.index_copy_(0, rows[:total], out[:total])
 
-    def macs(self, policy: Policy) -> Tensor:
+    def macs(self, policy: Policy, prefix: int) -> Tensor:
         """MACs of this block for each image, ``(B,)``, by formula: what its policy asks for, nothing rounded up."""
         attention, mlp = (policy.sublayers & policy.keep.any(dim=1, keepdim=True)).double().unbind(1)
         tokens = policy.keep.sum(dim=1).double()
         heads = policy.heads.sum(dim=1).double()
+        patches = policy.keep.shape[1] - prefix
         hidden = sum(module.weight.numel() for module in self.mlp.modules() if isinstance(module, nn.Linear))
         attending = self.attn.macs(tokens, heads)
-        return attention * attending + mlp * tokens * hidden + self.decide.macs(policy.keep.shape[1])
+        return attention * attending + mlp * tokens * hidden + self.decide.macs(patches)
 
 
 class HeadwiseLinear(nn.Linear):
@@ -210,7 +211,7 @@ class PackedAttention(nn.Module):
         if not self.all_heads:
             return heads * (per_head + tokens * width)
         fixed = self.proj.weight.numel() + (0 if self.v is None else self.v.weight.numel())
-        gate = 0 if self.gate is None else sum(x.weight.numel() for x in self.gate.modules() if hasattr(x, "weight"))
+        gate = 0 if self.gate is None else self.gate.weight.numel()
         return heads * per_head + tokens * (fixed + gate)
 
     def __repr__(self) -> str:

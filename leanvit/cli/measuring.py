@@ -99,6 +99,7 @@ def bench(
     from ..measure import Table
     from ..methods import parse
     from ..model import LeanModel, slim
+    from ..store import dense_twin
 
     model = choice.load(pretrained=False)
     if not isinstance(model, LeanModel):
@@ -193,16 +194,6 @@ def compare(
         **timing.arguments(),
     )
     output.write(ctx, table)
-
-
-def dense_twin(lean: VisionTransformer) -> nn.Module:
-    """A dense model of a lean one's architecture and size, with random weights."""
-    import timm
-
-    from ..store import model_arguments
-
-    architecture: str = lean.pretrained_cfg["architecture"]  # type: ignore[index, assignment]
-    return timm.create_model(architecture, **model_arguments(lean)).eval()
 
 
 def accuracy_row(name: str, model: nn.Module, result: EvalResult | None = None) -> Row:

@@ -194,9 +194,9 @@ class Decisions(LeanModule):
         done = (self.progress / self.config.ramp).clamp(max=1) if self.config.ramp else torch.ones_like(self.progress)
         return torch.lerp(torch.ones_like(done), done.new_tensor(self.config.targets), done)
 
-    def macs(self, tokens: int) -> int:
-        """MACs of deciding, for an image of so many tokens."""
-        return sum(layer.weight.numel() * times for layer, times in ((self.patch, tokens), (self.image, 1)) if layer)
+    def macs(self, patches: int) -> int:
+        """MACs of deciding, for an image of so many patches."""
+        return sum(layer.weight.numel() * times for layer, times in ((self.patch, patches), (self.image, 1)) if layer)
 
     def set_progress(self, progress: float) -> None:
         self.progress.fill_(progress)
@@ -219,6 +219,33 @@ class Decisions(LeanModule):
         return f"adavit {', '.join(kinds)}"
 
 
+class RandomDecisions(Decisions):
+    """Decisions drawn at random: what learned ones are compared with, and what skipping is timed with."""
+
+    rates: tuple[float, float, float]
+    generator: torch.Generator
+
+    @classmethod
+    def adopt(cls, decisions: Any, rates: tuple[float, float, float], generator: torch.Generator) -> None:
+        """Let a block's decisions be drawn from now on, in place.
+
+        Args:
+            decisions: Its decision network, which still runs, so that it costs what it costs.
+            rates: Shares of patches, heads and sub-layers to be used; of kinds that the network does not decide,
+                everything is.
+            generator: Where the draws come from.
+        """
+        decisions.__class__ = cls
+        decisions.rates, decisions.generator = rates, generator
+
+    def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        patches, heads, sublayers = (
+            None if logits is None else self.threshold + rate - torch.rand(logits.shape, generator=self.generator)
+            for logits, rate in zip(super().logits(x, prefix), self.rates, strict=True)
+        )
+        return patches, heads, sublayers
+
+
 class AdaptiveBlock(LeanBlock):
     """A timm block of which each image runs a part, as it trains: everything is computed, what takes no part is masked."""
 
@@ -228,7 +255,7 @@ class AdaptiveBlock(LeanBlock):
     def adopt(cls, block: Any, decide: Decisions) -> None:
         """Turn a lean block into an adaptive one in place."""
         block.__class__ = cls
-        block.decide = decide.to(block.attn.qkv.weight)
+        block.decide = decide.to(block.attn.qkv.weight).train(block.training)
 
     def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
         for stage in self.stages.values():

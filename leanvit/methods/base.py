@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..analysis import LayerStatistics
     from ..data import ImageSource
-    from ..model import Grid, LeanVisionTransformer
+    from ..model import Grid, LeanBlock, LeanVisionTransformer
 
 
 class LeanModule(nn.Module):
@@ -65,6 +65,9 @@ class LeanModule(nn.Module):
 
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Its parameters that training leaves without weight decay."""
+
+    def check_block(self, block: LeanBlock) -> None:
+        """Refuse what other methods put into the same block."""
 
     def check_grid(self, grid: Grid) -> None:
         """Refuse a patch grid that it cannot be resized to."""
