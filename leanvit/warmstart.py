@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = 8
 """One batch in so many is kept from the regression and judges it."""
+EXACT = 1e-9
+"""A block with less error than this does what the dense one does: there is nothing to regress."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ class _Regression:
         fit, held_out = features.pairs()
         error = _Error(held_out, self.prefix_weight)
         before = error.mean(block, held_out)
+        if before < EXACT:
+            return BlockFit(index, before, before, False)
         start = copy.deepcopy(block.state_dict())
         self._descend(block, fit, error)
         after = error.mean(block, held_out)

@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+import leanvit
 from leanvit.methods import Method, parse
 
 SIZE = 32
@@ -29,7 +30,18 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Every kind of plain timm ViT, as arguments to `small_vit`."""
 
-METHODS = ["dgssa:layers=0,2", "glad:at=1,2", "glad:at=2,keep=0.3", "dgssa:layers=0,1+glad:at=2,3"]
+STARTS_DENSE = {"adavit"}
+"""Methods that start with everything on, as the dense model; to see them at work, `Case.slim` gives them a budget."""
+
+METHODS = [
+    "dgssa:layers=0,2",
+    "glad:at=1,2",
+    "glad:at=2,keep=0.3",
+    "dgssa:layers=0,1+glad:at=2,3",
+    "adavit",
+    "adavit:patches=1,partial=true",
+    "dgssa:layers=0+adavit:first=1,heads=1,blocks=1",
+]
 """Every method, alone and in company, with parameters that fit a model of four blocks."""
 
 
@@ -68,7 +80,24 @@ class Case:
     def vit(self) -> VisionTransformer:
         return small_vit(**MODELS[self.model], **self.changes)
 
+    @property
+    def starts_dense(self) -> bool:
+        """Whether all that it applies changes nothing before training."""
+        return {method.name for method in self.methods()} <= STARTS_DENSE
+
+    def at_work(self, lean: VisionTransformer, images: torch.Tensor) -> VisionTransformer:
+        """The lean model where it skips something, whether or not it would before training."""
+        if any(method.name in STARTS_DENSE for method in self.methods()):
+            for name, parameter in lean.named_parameters():
+                if ".decide." in name:
+                    torch.nn.init.normal_(parameter)
+            leanvit.set_budget(lean, 0.7, images)
+        return lean
+
 
 CASES = [Case(method) for method in METHODS] + [
-    Case("dgssa:layers=0,1+glad:at=2,3", model) for model in MODELS if model != "class token"
+    Case(method, model)
+    for method in ("dgssa:layers=0,1+glad:at=2,3", "adavit")
+    for model in MODELS
+    if model != "class token"
 ]

@@ -10,6 +10,7 @@ from timm.models._features import FeatureGetterNet
 
 import leanvit
 from leanvit.methods import available, from_config, parse
+from leanvit.model import NEEDS
 
 from .contract import CASES, METHODS, Case, photos, small_vit
 
@@ -27,7 +28,7 @@ def warm(case: Case):
         for name, parameter in lean.named_parameters():
             if name in lean.new_parameter_names():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    return vit, images, lean
+    return vit, images, case.at_work(lean, images)
 
 
 def test_every_method_has_a_case():
@@ -40,6 +41,9 @@ def test_slim_changes_the_outputs_and_leaves_the_model_alone(case):
     vit = case.vit()
     images, before = photos(vit), copy.deepcopy(vit.state_dict())
     lean = leanvit.slim(vit, *case.methods(), images=images)
+    difference = (lean(images) - vit(images)).abs().max()
+    assert difference < 1e-4 if case.starts_dense else not difference < 1e-3
+    lean = case.at_work(lean, images)
     assert type(lean.blocks).__name__ == "LeanBlocks" and not (lean(images) - vit(images)).abs().max() < 1e-3
     assert vit.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
@@ -68,8 +72,9 @@ def test_deployed_equals_trained(case):
 @torch.no_grad()
 def test_deployed_costs_less(case):
     vit = case.vit()
-    cost = leanvit.count(leanvit.slim(vit, *case.methods()))
-    assert cost.macs < leanvit.count(vit).macs
+    images = photos(vit)
+    lean = case.at_work(leanvit.slim(vit, *case.methods()), images)
+    assert leanvit.count(lean, images=images).macs < leanvit.count(vit).macs
 
 
 @each_method
@@ -91,7 +96,7 @@ def test_warm_start_is_never_worse(case):
     lean = leanvit.slim(vit, *case.methods())
     fits = leanvit.warm_start(lean, vit, images, steps=8, batch_size=4, progress=False)
     assert fits and all(fit.after <= fit.before for fit in fits)
-    assert any(fit.kept for fit in fits)
+    assert any(fit.kept for fit in fits) or (case.starts_dense and all(fit.before < 1e-6 for fit in fits))
 
 
 @each_case
@@ -160,9 +165,13 @@ def test_another_input_size(case):
 
 
 @each_method
-def test_a_wrong_image_size_is_refused(case):
+def test_a_wrong_image_size_is_refused_unless_positions_do_not_matter(case):
     vit = small_vit(dynamic_img_size=True)
     lean = leanvit.slim(vit, *case.methods())
+    if not any(getattr(module, need) for block in lean.blocks for module in block.lean_modules() for need in NEEDS):
+        _, maps = lean.forward_intermediates(torch.randn(1, 3, 64, 48))
+        assert [map.shape[-2:] for map in maps] == [(8, 6)] * len(maps)
+        return
     with pytest.raises(leanvit.InputSizeError, match="set_input_size"):
         lean(torch.randn(1, 3, 64, 64))
 
