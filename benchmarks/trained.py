@@ -37,9 +37,10 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "no warm start": {"method": LEAN, "epochs": 4, "warm": False},
     "no guidance": {"method": LEAN.replace("auto:3", "auto:3,guidance=0"), "epochs": 4},
     "adavit": {
-        "method": "adavit:patches=0.75,heads=0.75,blocks=0.7",
-        "epochs": 6,
-        "options": {"lr": 2e-3, "inherited_lr_scale": 0.05},
+        "method": "adavit",
+        "epochs": 8,
+        "options": {"lr": 3e-3, "inherited_lr_scale": 0.03},
+        "warm": False,  # it starts as the dense model
         "budgets": (0.7, 0.5, 0.35),
     },
     "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 4},
