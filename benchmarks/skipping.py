@@ -2,8 +2,8 @@
 
     python benchmarks/skipping.py
 
-DeiT-T at 224 px with random weights. Every batch gets new random policies, drawn with the given shares of patches, heads
-and sub-layers, so that no two batches have the same shapes. MACs are those of the very policies that were timed.
+DeiT-T at 224 px with random weights. Every batch gets new random policies, drawn with the given shares of patches,
+heads and sub-layers, so that no two batches have the same shapes. MACs are those of the very policies that were timed.
 ``realised_share`` is the time saved over the MACs saved against timm's dense model; ``realised_share_kernels`` the same
 against ``dense, deployed``, the dense model with the deployed form's kernels and no method.
 """

@@ -125,7 +125,7 @@ def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> di
     }
 
 
-def at_budget(budget: float, lean: torch.nn.Module, teacher: torch.nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+def at_budget(budget: float, lean: Any, teacher: torch.nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     """The same trained model at another budget: thresholds from training photos without labels."""
     train, val = data(args)
     leanvit.set_budget(lean, budget, train)

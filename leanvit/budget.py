@@ -52,7 +52,7 @@ def set_budget(
         ConfigError: No threshold gives this cost; the reachable range is named.
         UnsupportedModelError: The model has no thresholds.
     """
-    if not isinstance(macs, (int, float)) or not math.isfinite(macs) or not 0 < macs:
+    if not isinstance(macs, (int, float)) or not math.isfinite(macs) or macs <= 0:
         raise ConfigError(f"budget macs={macs!r} is not a share of the dense model's MACs, such as 0.5")
     if not isinstance(model, LeanModel) or not list(_thresholds(model)):
         raise UnsupportedModelError(

@@ -176,8 +176,8 @@ class _Counts:
 
     def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, found: Recorder) -> None:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
-            found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise UnsupportedModelError(f"the model is no classifier: its output has {found}, not (images, classes)")
+            output = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise UnsupportedModelError(f"the model is no classifier: its output has {output}, not (images, classes)")
         classes = logits.shape[1]
         if int(labels.max()) >= classes or int(labels.min()) < 0:
             raise DataError(

@@ -206,13 +206,13 @@ class LeanBlock(Block):
         for name in ("attn", "mlp"):
             module = getattr(self, name)
             if hasattr(module, "deployed"):
-                setattr(self, name, module.deployed())
+                setattr(self, name, module.deployed())  # type: ignore[operator]
 
     def original(self) -> None:
         """Turn back into the timm block it was made of, in place."""
         for module in (self.attn, self.mlp):
             if hasattr(module, "original"):
-                module.original()
+                module.original()  # type: ignore[operator]
         del self.stages, self.reducers
         self.__class__ = Block  # type: ignore[assignment]
 

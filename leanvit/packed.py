@@ -1,4 +1,4 @@
-"""A timm block for inference that computes only what a policy asks for: these patches, heads and sub-layers of an image.
+"""A timm block for inference that computes only what a policy asks for: some patches, heads and sub-layers an image.
 
 Tokens that take part are packed, those of all images in one matrix; what takes no part is not computed, and keeps its
 value. The policies are AdaViT's (Meng et al., CVPR 2022, arXiv 2111.15668); the packing is ours.
@@ -63,6 +63,7 @@ class PackedBlock(LeanBlock):
     """A block for inference that skips what its `decide` leaves out, for any mixture of policies in a batch."""
 
     decide: Any
+    attn: Any
 
     def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
         for stage in self.stages.values():
@@ -159,6 +160,13 @@ class PackedAttention(nn.Module):
         attention: timm's; a head that is not used has no query, key, value nor output.
         partial: A head that is not used puts its values out as they are.
     """
+
+    q_norm: Any
+    k_norm: Any
+    norm: Any
+    gate: Any
+    proj: Any
+    proj_drop: Any
 
     def __init__(self, attention: Attention, partial: bool) -> None:
         super().__init__()

@@ -352,7 +352,7 @@ def model_arguments(model: VisionTransformer) -> dict[str, Any]:
 def dense_twin(lean: VisionTransformer) -> VisionTransformer:
     """A dense model of a lean one's architecture and size, with random weights."""
     architecture: str = lean.pretrained_cfg["architecture"]  # type: ignore[index, assignment]
-    return timm.create_model(architecture, **model_arguments(lean)).eval()
+    return timm.create_model(architecture, **model_arguments(lean)).eval()  # type: ignore[return-value]
 
 
 def _lean_config(model: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from .options import (
 from .printing import say
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
     from torch import nn
 
     from ..measure import EvalResult

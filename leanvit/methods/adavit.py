@@ -7,7 +7,7 @@ a threshold that sets the budget afterwards are ours.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -71,8 +71,10 @@ class AdaViT(Method):
             raise ConfigError("adavit: patches, heads and blocks are all 1, nothing is left to decide; lower one")
         for name in ("temperature", "usage_weight", "ramp"):
             value = getattr(self, name)
-            if not _is_number(value) or value < 0 or (name == "temperature" and value == 0):
-                raise ConfigError(f"adavit: {name}={value!r} must be a number {'above' if name == 'temperature' else 'of at least'} 0")
+            if not _is_number(value) or value < 0:
+                raise ConfigError(f"adavit: {name}={value!r} must be a number of at least 0")
+        if self.temperature == 0:
+            raise ConfigError("adavit: temperature=0 must be above 0")
         if self.ramp > 1:
             raise ConfigError(f"adavit: ramp={self.ramp} is a share of training, in [0, 1]")
         if not isinstance(self.first, int) or self.first < 0:
@@ -215,8 +217,8 @@ class Decisions(LeanModule):
                 )
 
     def __repr__(self) -> str:
-        kinds = [name for name, target in zip(("patches", "heads", "blocks"), self.config.targets, strict=True) if target < 1]
-        return f"adavit {', '.join(kinds)}"
+        decided = zip(("patches", "heads", "blocks"), self.config.targets, strict=True)
+        return f"adavit {', '.join(name for name, target in decided if target < 1)}"
 
 
 class RandomDecisions(Decisions):
@@ -247,7 +249,7 @@ class RandomDecisions(Decisions):
 
 
 class AdaptiveBlock(LeanBlock):
-    """A timm block of which each image runs a part, as it trains: everything is computed, what takes no part is masked."""
+    """A timm block of which each image runs a part, as it trains: all is computed, what takes no part is masked."""
 
     decide: Decisions
 
@@ -277,7 +279,8 @@ class AdaptiveBlock(LeanBlock):
 
     def deployed(self) -> None:
         self.__class__ = PackedBlock  # type: ignore[assignment]
-        self.attn = PackedAttention(self.attn, self.decide.config.partial)  # type: ignore[assignment]
+        attention: Any = self.attn
+        self.attn = PackedAttention(attention, self.decide.config.partial)  # type: ignore[assignment]
 
     def original(self) -> None:
         del self.decide

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,9 @@ from torch import Tensor
 
 from .attention import attention
 
-try:  # torch 2.10 and later
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
+varlen_attn: Any = None
+with suppress(ImportError):  # torch 2.10 and later
+    from torch.nn.attention.varlen import varlen_attn  # type: ignore[no-redef]
 
 
 def packed_rows(keep: Tensor, images: Sequence[int]) -> Tensor:
@@ -87,4 +88,5 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     if total < q.shape[0]:
         ends = torch.cat([ends, ends.new_tensor([q.shape[0]])])
     longest, ends = max(*lengths, q.shape[0] - total), ends.int()
-    return varlen_attn(*(x.contiguous() for x in (q, k, v)), ends, ends, longest, longest)  # type: ignore[misc]
+    mixed: Tensor = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest)
+    return mixed
