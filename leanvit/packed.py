@@ -171,7 +171,7 @@ class PackedAttention(nn.Module):
     def __init__(self, attention: Attention, partial: bool) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.partial = attention.num_heads, attention.head_dim, partial
-        self.qkv = HeadwiseLinear(attention.qkv, self.num_heads, (0, 1) if partial else (0, 1, 2))
+        self.headwise = HeadwiseLinear(attention.qkv, self.num_heads, (0, 1) if partial else (0, 1, 2))
         self.v = HeadwiseLinear(attention.qkv, self.num_heads, (2,)) if partial else None
         for name in ("q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"):
             setattr(self, name, getattr(attention, name))
@@ -198,7 +198,7 @@ class PackedAttention(nn.Module):
         return project(self, x, whole.flatten(1), residual)
 
     def _mix(self, x: Tensor, values: Tensor | None, heads: Heads, lengths: Sequence[int]) -> Tensor:
-        q, k, *v = self.qkv(x, ranges(heads)).unbind(2)
+        q, k, *v = self.headwise(x, ranges(heads)).unbind(2)
         v = v[0] if values is None else values[:, list(heads)]
         return packed_attention(self.q_norm(q), self.k_norm(k), v, lengths)
 
@@ -214,8 +214,8 @@ class PackedAttention(nn.Module):
 
     def macs(self, tokens: Tensor, heads: Tensor) -> Tensor:
         """MACs of images with so many tokens and used heads, both ``(B,)``."""
-        width = self.head_dim * self.qkv.in_features
-        per_head = tokens * self.qkv.parts * width + 2 * tokens**2 * self.head_dim
+        width = self.head_dim * self.headwise.in_features
+        per_head = tokens * self.headwise.parts * width + 2 * tokens**2 * self.head_dim
         if not self.all_heads:
             return heads * (per_head + tokens * width)
         fixed = self.proj.weight.numel() + (0 if self.v is None else self.v.weight.numel())
