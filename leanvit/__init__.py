@@ -23,6 +23,8 @@ from .measure import compare, evaluate
 from .methods.adavit import AdaViT
 from .methods.dgssa import DGSSA
 from .methods.glad import GLAD
+from .methods.merging import TokenMerging
+from .methods.pruning import TokenPruning
 from .model import Tokens, deploy, restore, slim
 from .record import record
 from .store import from_hub, load, push_to_hub, save
@@ -46,6 +48,8 @@ __all__ = [
     "LeanVitError",
     "MethodError",
     "RestoreError",
+    "TokenMerging",
+    "TokenPruning",
     "Tokens",
     "TrainingDiverged",
     "UnsupportedModelError",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, to_2tuple
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Attended, attend
 from .errors import DeployError, InputSizeError, MethodError, RestoreError, UnsupportedModelError
+from .ops.tokens import take
 from .record import recompute_like_now
 
 if TYPE_CHECKING:
@@ -74,27 +76,30 @@ class Tokens:
             fused: Weights ``(B, M)`` of one more token, a mean of patch tokens; they sum to one. It stands at the place
                 of the token that weighs most in it.
         """
+        first = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
+        kept = torch.cat([first, self.prefix + index], dim=1)  # (B, P + K)
 
-        def pick(values: Tensor) -> Tensor:  # (B, M, D) → (B, K, D), and one more with a fused token
-            kept = take(values, index)
-            return kept if fused is None else torch.cat([kept, fused.to(values.dtype).unsqueeze(1) @ values], dim=1)
+        def pick(values: Tensor) -> Tensor:  # (B, P + M, D) → (B, P + K, D), and one more with a fused token
+            picked = take(values, kept)
+            if fused is None:
+                return picked
+            mean = fused.to(values.dtype).unsqueeze(1) @ values[:, self.prefix :]
+            return torch.cat([picked, mean], dim=1)
 
         positions = self._positions()
         if positions is not None:
-            last = index if fused is None else torch.cat([index, fused.argmax(dim=1, keepdim=True)], dim=1)
-            positions = positions.gather(1, last)
-        size = self.size
-        if size is not None:
-            size = torch.cat([size[:, : self.prefix], pick(size[:, self.prefix :].unsqueeze(-1)).squeeze(-1)], dim=1)
+            places = index if fused is None else torch.cat([index, fused.argmax(dim=1, keepdim=True)], dim=1)
+            positions = positions.gather(1, places)
+        size = None if self.size is None else pick(self.size.unsqueeze(-1)).squeeze(-1)
         removed = self.expand()[:, self.prefix :] if self.track else None
         return self._reduced(pick, size=size, positions=positions, removed=removed)
 
     def merge(self, merge: Callable[[Tensor], Tensor], size: Tensor) -> Tokens:
-        """Merge patch tokens; prefix tokens pass through.
+        """Merge patch tokens.
 
         Args:
-            merge: Takes values of the patch tokens, ``(B, M, D)``, and gives those of the merged ones, ``(B, M', D)``,
-                each a mean of some.
+            merge: Takes values of all tokens, ``(B, P + M, D)``, and gives those of the merged ones,
+                ``(B, P + M', D)``: the prefix as it was, then means of patch tokens.
             size: How many patches each token stands for then, ``(B, P + M')``, in fp32.
         """
         return self._reduced(merge, size=size)
@@ -137,14 +142,17 @@ class Tokens:
         return torch.cat([self.x[:, : self.prefix], patches], dim=1)
 
     def _reduced(self, reduce: Callable[[Tensor], Tensor], **changes: Any) -> Tokens:
-        """The tokens after a linear map of the patch tokens, ``(B, M, D)`` → ``(B, M', D)``."""
-        x = torch.cat([self.x[:, : self.prefix], reduce(self.patches)], dim=1)
+        """The tokens after a linear map of the patch tokens, ``(B, P + M, D)`` → ``(B, P + M', D)``."""
         source = None
         if self.track:
-            batch, patches, _ = self.patches.shape
-            one_each = torch.eye(patches, dtype=x.dtype, device=x.device).expand(batch, -1, -1)
-            source = reduce(one_each if self.source is None else self.source)
-        return replace(self, **{"x": x, "reduced": True, "source": source, "positions": None, **changes})
+            source = reduce(F.pad(self._sources(), (0, 0, self.prefix, 0)))[:, self.prefix :]
+        return replace(self, **{"x": reduce(self.x), "reduced": True, "source": source, "positions": None, **changes})
+
+    def _sources(self) -> Tensor:
+        if self.source is not None:
+            return self.source
+        batch, patches, _ = self.patches.shape
+        return torch.eye(patches, device=self.x.device).expand(batch, -1, -1)
 
     def _positions(self) -> Tensor | None:
         if self.reduced:
@@ -156,11 +164,6 @@ class Tokens:
         if self.source is None:
             raise MethodError("these tokens were reduced without keeping where they came from; ask for track=True")
         return self.source
-
-
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """Pick tokens by index, image by image: ``(B, N, D)`` and ``(B, K)`` → ``(B, K, D)``."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 class LeanBlock(Block):
@@ -522,13 +525,16 @@ def check_order(lean: LeanVisionTransformer) -> None:
                 kept = {"needs_positions": module.keeps_positions, "needs_fixed_tokens": module.keeps_fixed_tokens}
                 lost |= {need: reason for need in NEEDS if need not in lost and not kept.get(need)}
             module.check_block(block)
-        check_attention(index, block)
+        check_reducers(index, block)
 
 
-def check_attention(index: int, block: LeanBlock) -> None:
-    """Refuse a reducer that asks its block's attention for what that does not have."""
+def check_reducers(index: int, block: LeanBlock) -> None:
+    """Refuse a reducer that asks its block's attention for what that does not have, and a second one behind it."""
     attention: Any = block.attn
-    reducers: Any = block.reducers.values()
+    reducers: Any = list(block.reducers.values())
+    if len(reducers) > 1:  # queries and keys are those of the tokens in front of the first
+        first, second = (reducer.method for reducer in reducers[:2])
+        raise MethodError(f"{second}: block {index} reduces its tokens by {first} already; use other blocks")
     for reducer in reducers:
         for what in reducer.needs_attention:
             if type(attention) is not Attention and what not in getattr(attention, "tells", ()):

@@ -41,6 +41,13 @@ METHODS = [
     "adavit",
     "adavit:patches=1,partial=true",
     "dgssa:layers=0+adavit:first=1,heads=1,blocks=1",
+    "pruning:at=1,2",
+    "pruning:keep=0.5,0.8,at=0,2,fuse=false",
+    "merging:r=2",
+    "merging:keep=0.4,first=1",
+    "dgssa:layers=0,1+merging:r=3,first=2",
+    "glad:at=1,keep=0.8+pruning:at=2",
+    "pruning:at=0,2+merging:r=0,2,0,2",
 ]
 """Every method, alone and in company, with parameters that fit a model of four blocks."""
 
@@ -97,7 +104,7 @@ class Case:
 
 CASES = [Case(method) for method in METHODS] + [
     Case(method, model)
-    for method in ("dgssa:layers=0,1+glad:at=2,3", "adavit")
+    for method in ("dgssa:layers=0,1+glad:at=2,3", "adavit", "pruning:at=1,2", "merging:r=2")
     for model in MODELS
     if model != "class token"
 ]

@@ -96,7 +96,9 @@ def test_warm_start_is_never_worse(case):
     lean = leanvit.slim(vit, *case.methods())
     fits = leanvit.warm_start(lean, vit, images, steps=8, batch_size=4, progress=False)
     assert fits and all(fit.after <= fit.before for fit in fits)
-    assert any(fit.kept for fit in fits) or (case.starts_dense and all(fit.before < 1e-6 for fit in fits))
+    # Without parameters of its own a method starts so close that 24 images may teach it nothing.
+    close = not lean.new_parameter_names() or (case.starts_dense and all(fit.before < 1e-6 for fit in fits))
+    assert any(fit.kept for fit in fits) or close
 
 
 @each_case

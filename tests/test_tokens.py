@@ -68,7 +68,7 @@ def test_merged_tokens_have_sizes_and_no_place():
     size = torch.tensor([[1.0, 2, 1], [1, 2, 1]])
 
     def merge(values: torch.Tensor) -> torch.Tensor:
-        return torch.stack([(values[:, 0] + values[:, 1]) / 2, values[:, 2]], dim=1)
+        return torch.stack([values[:, 0], (values[:, 1] + values[:, 2]) / 2, values[:, 3]], dim=1)
 
     merged = tokens.merge(merge, size)
     assert merged.positions is None and torch.equal(merged.size, size) and merged.x.shape == (2, 3, 4)

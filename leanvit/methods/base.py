@@ -229,3 +229,30 @@ def auto_count(text: str, default: int) -> int:
     if name != "auto" or (colon and not (count.isdigit() and int(count))):
         raise ConfigError(f"{text!r} is not a list of blocks, 'auto' or 'auto:K' with K at least 1")
     return int(count) if count else default
+
+
+def check_shares(method: str, parameter: str, value: Any) -> None:
+    """Refuse what is not a share of tokens, one or several: above 0 and at most 1.
+
+    Raises:
+        ConfigError: With the value.
+    """
+    for share in value if isinstance(value, (tuple, list)) else (value,):
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ConfigError(f"{method}: {parameter}={share!r} is not in (0, 1]")
+
+
+def one_each(method: str, parameter: str, value: Any, stages: int) -> tuple[Any, ...]:
+    """A value for each stage, from one for all or one each.
+
+    Raises:
+        MethodError: There are neither one nor as many as stages.
+    """
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * stages
+    if len(values) == 1:
+        return values * stages
+    if len(values) != stages:
+        raise MethodError(
+            f"{method}: {parameter} has {len(values)} values for {stages} stages; give one, or one a stage"
+        )
+    return values

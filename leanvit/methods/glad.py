@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, InputSizeError, MethodError
+from ..errors import InputSizeError, MethodError
 from ..model import Tokens
 from ..ops.aggregate import aggregation_weights, cell_centres, partition
 from ..record import offer
 from . import register
-from .base import LeanModule, Method, Plan, auto_count, block_indices, grid_positions
+from .base import LeanModule, Method, Plan, auto_count, block_indices, check_shares, grid_positions, one_each
 
 if TYPE_CHECKING:
     from ..model import Grid, LeanVisionTransformer
@@ -51,9 +51,7 @@ class GLAD(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "at", block_indices(self.name, "at", self.at))
-        for share in _as_tuple(self.keep):
-            if not isinstance(share, (int, float)) or not 0 < share <= 1:
-                raise ConfigError(f"glad: keep={share!r} is not in (0, 1]")
+        check_shares(self.name, "keep", self.keep)
 
     def reductions(self, depth: int) -> tuple[int, ...]:
         return cast(tuple[int, ...], self.at)
@@ -62,28 +60,22 @@ class GLAD(Method):
         if isinstance(self.at, str):
             count = auto_count(self.at, default=3)
             ranks = [layer.effective_rank for layer in plan.statistics]
-            at = place_stages(ranks, self._keeps(count), math.prod(plan.model.patch_embed.grid_size))
+            at = place_stages(
+                ranks, one_each(self.name, "keep", self.keep, count), math.prod(plan.model.patch_embed.grid_size)
+            )
         else:
             at = self.at or tuple(sorted({plan.depth * part // 6 for part in (3, 4, 5)}))
         plan.check_blocks(self.name, at)
-        self._keeps(len(at))
+        one_each(self.name, "keep", self.keep, len(at))
         return replace(self, at=at)
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         positions = grid_positions(lean.blocks.grid)
         at = cast(tuple[int, ...], self.at)
-        for index, keep in zip(at, self._keeps(len(at)), strict=True):
+        for index, keep in zip(at, one_each(self.name, "keep", self.keep, len(at)), strict=True):
             stage = Aggregation(lean.embed_dim, positions, keep, index)
             lean.blocks[index].stages[self.name] = stage.to(lean.patch_embed.proj.weight)
             positions = stage.positions_out
-
-    def _keeps(self, stages: int) -> tuple[float, ...]:
-        keeps = _as_tuple(self.keep)
-        if len(keeps) == 1:
-            return keeps * stages
-        if len(keeps) != stages:
-            raise MethodError(f"glad: keep has {len(keeps)} values for {stages} stages; give one, or one a stage")
-        return keeps
 
 
 class Aggregation(LeanModule):
@@ -187,7 +179,3 @@ def place_stages(ranks: Sequence[float], keeps: Sequence[float], tokens: int) ->
             )
         at.append(places[0])
     return tuple(at)
-
-
-def _as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)

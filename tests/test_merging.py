@@ -1,0 +1,154 @@
+"""Token merging: the matching, the means and sizes, schedules, bad parameters."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import leanvit
+from leanvit.methods import parse
+from leanvit.ops.merge import match, merge, merge_reference, merge_weights
+
+from .contract import photos, small_vit
+
+BAD = [
+    ("merging:r=-1", r"merging: r=-1 is not a number of tokens"),
+    ("merging:r=0.5", r"merging: r=0\.5 is not a number of tokens"),
+    ("merging:r=2,-2", r"merging: r=-2 is not a number of tokens"),
+    ("merging:r=4,keep=0.5", r"merging: r=4 and keep=0\.5 are both given"),
+    ("merging:keep=0", r"merging: keep=0 is not in \(0, 1\]"),
+    ("merging:keep=1.1", r"merging: keep=1\.1 is not in \(0, 1\]"),
+    ("merging:keep=0.5,0.5", r"merging: keep=\(0\.5, 0\.5\) must be one share"),
+    ("merging:first=-1", r"merging: first=-1 is not a block"),
+    ("merging:r=2,2,2,2,first=1", r"merging: first=1 beside r for each block"),
+]
+
+UNFIT = [
+    ("merging:r=2,2,2", "merging: r has 3 values for 4 blocks; give one, or one a block"),
+    ("merging:first=4", "merging: block 4 does not exist"),
+    ("merging:keep=0.2,first=3", r"merging: keep=0\.2 would merge more than half of the tokens of one block"),
+    ("dgssa:layers=2+merging:r=2", "dgssa: block 2 needs every token at its place, but merging reduces .* in block 0"),
+    (
+        "dgssa:layers=0+merging:r=2",
+        r"merging: block 0 cannot match tokens: its attention \(static attention, .*\) has no keys to tell",
+    ),
+    ("merging:r=2+glad:at=2", "glad: block 2 needs the same tokens in every image, but merging reduces"),
+    ("pruning:at=1+merging:r=2", "merging: block 1 reduces its tokens by pruning already; use other blocks"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_bad_parameters(text, message):
+    with pytest.raises(leanvit.ConfigError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize(("text", "message"), UNFIT)
+def test_parameters_that_do_not_fit_the_model(text, message):
+    with pytest.raises(leanvit.MethodError, match=message):
+        leanvit.slim(small_vit(), *parse(text))
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "r"), [(17, 1, 3), (17, 1, 8), (16, 0, 8), (19, 0, 4), (22, 5, 6), (6, 2, 1)])
+def test_merging_equals_its_definition(tokens, prefix, r):
+    torch.manual_seed(tokens + r)
+    x, keys = torch.randn(3, tokens, 8), torch.randn(3, 2, tokens, 4)
+    size = torch.randint(1, 6, (3, tokens)).float()
+    matching = match(keys, r, prefix)
+    own, received, sizes = merge_weights(matching, size)
+    wanted, wanted_sizes = merge_reference(x, size, keys, r, prefix)
+    assert torch.allclose(merge(x, matching, own, received), wanted, atol=1e-5)
+    assert torch.equal(sizes, wanted_sizes)
+    assert torch.equal(sizes.sum(1), size.sum(1))
+    assert torch.equal(merge(x, matching, own, received)[:, :prefix], x[:, :prefix])
+
+
+@torch.no_grad()
+def plain_merging(vit, images, r):
+    """A ViT with merging as the paper describes it, by nothing but torch."""
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    prefix, size = vit.num_prefix_tokens, torch.ones(x.shape[:2])
+    for block in vit.blocks:
+        attn, y = block.attn, block.norm1(x)
+        q, k, v = attn.qkv(y).reshape(*y.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * attn.scale + size.log()[:, None, None]).softmax(-1)
+        x = x + attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        x, size = merge_reference(x, size, k, min(r, (x.shape[1] - prefix) // 2), prefix)
+        x = x + block.mlp(block.norm2(x))
+    return vit.forward_head(vit.norm(x)), size
+
+
+@pytest.mark.parametrize("changes", [{}, {"global_pool": "avg", "class_token": False}, {"reg_tokens": 2}])
+@pytest.mark.parametrize("r", [1, 3, 8])
+@torch.no_grad()
+def test_a_model_equals_the_plain_one(changes, r):
+    vit = small_vit(**changes)
+    images = photos(vit)
+    lean = leanvit.slim(vit, leanvit.TokenMerging(r=r))
+    wanted, size = plain_merging(vit, images, r)
+    assert torch.allclose(lean(images), wanted, atol=1e-4)
+    assert torch.allclose(leanvit.deploy(lean)(images), wanted, atol=1e-4)
+    tokens = lean.forward_tokens(images, track=True)
+    assert torch.equal(tokens.size, size)
+    # Every patch went into exactly one token, which is the mean of its patches.
+    assert torch.allclose((tokens.source > 0).sum(1), torch.ones(1, dtype=torch.long))
+    assert torch.allclose(tokens.source.amax(-1), 1 / size[:, tokens.prefix :])
+
+
+def test_nothing_merged_is_exactly_the_dense_model():
+    vit = small_vit()
+    images = photos(vit)
+    for text in ("merging:r=0", "merging:keep=1", "merging:r=0,0,0,0"):
+        assert torch.equal(leanvit.slim(vit, *parse(text))(images), vit(images))
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("merging", [8, 4, 2, 1]),
+        ("merging:r=2", [14, 12, 10, 8]),
+        ("merging:r=0,5,0,2", [16, 11, 11, 9]),
+        ("merging:r=3,first=2", [16, 16, 13, 10]),
+        ("merging:keep=0.5", [14, 12, 10, 8]),
+        ("merging:keep=0.25,first=1", [16, 12, 8, 4]),
+    ],
+)
+def test_how_many_tokens_are_left(text, left):
+    vit = small_vit()
+    tokens = leanvit.slim(vit, *parse(text))
+    x = tokens.blocks.tokens(vit.norm_pre(vit._pos_embed(vit.patch_embed(photos(vit)))))
+    counts = []
+    for block in tokens.blocks:
+        x = block(x)
+        counts.append(x.patches.shape[1])
+    assert counts == left
+
+
+def test_merged_blocks_come_after_static_layers():
+    vit = small_vit()
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers="auto:2"), leanvit.TokenMerging(r=4, first=2), images=photos(vit))
+    assert lean.lean.methods[0].layers == (0, 1)
+    assert "(2): dense, merging 4 tokens" in repr(lean)
+
+
+@torch.no_grad()
+def test_real_photos_get_the_logits_of_the_plain_model(shared_data):
+    vit = timm.create_model("deit_tiny_patch16_224").eval()
+    vit.load_state_dict(load_file(shared_data / "deit_tiny_patch16_224.safetensors"))
+    from leanvit.data import image_batches
+
+    images = next(iter(image_batches(str(shared_data / "imagenet-500.tar"), vit, 8, 8)))
+    wanted, _ = plain_merging(vit, images, 16)
+    assert (leanvit.deploy(leanvit.slim(vit, leanvit.TokenMerging(r=16)))(images) - wanted).abs().max() < 1e-3
+
+
+@torch.no_grad()
+def test_half_precision_merges_the_same_tokens_where_keys_differ():
+    torch.manual_seed(0)
+    keys = torch.randn(4, 3, 17, 16)
+    half = match(keys.bfloat16(), 4, 1)
+    assert torch.equal(half.gone, match(keys.bfloat16().float(), 4, 1).gone)
+    assert F.cosine_similarity(keys, keys.bfloat16().float(), dim=-1).min() > 0.99
