@@ -52,7 +52,9 @@ def test_parameters_that_do_not_fit_the_model(text, message):
         leanvit.slim(small_vit(), *parse(text))
 
 
-@pytest.mark.parametrize(("tokens", "prefix", "r"), [(17, 1, 3), (17, 1, 8), (16, 0, 8), (19, 0, 4), (22, 5, 6), (6, 2, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "r"), [(17, 1, 3), (17, 1, 8), (16, 0, 8), (19, 0, 4), (22, 5, 6), (6, 2, 1)]
+)
 def test_merging_equals_its_definition(tokens, prefix, r):
     torch.manual_seed(tokens + r)
     x, keys = torch.randn(3, tokens, 8), torch.randn(3, 2, tokens, 4)
