@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import os
@@ -10,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from .count import Cost, count, deployed_form, random_images
 from .data import image_batches
+from .engines import ENGINES, Engine, check_engines
 from .errors import ConfigError
 from .model import LeanModel
 from .report.tables import Row
 
 if TYPE_CHECKING:
     from .data import ImageSource
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SECONDS, FEWEST, MOST = 10.0, 10, 300
 """A point takes so many seconds, but at least and at most so many rounds, unless told how many."""
@@ -44,11 +43,11 @@ def bench(
     images: ImageSource | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     precisions: Sequence[str] = ("fp32", "bf16"),
+    engines: Sequence[str] = ("torch",),
     threads: int = 2,
     iterations: int | None = None,
     warmup: int = 3,
     device: str | torch.device = "cpu",
-    torchcompile: bool = False,
     progress: bool = True,
 ) -> list[Row]:
     """Time models against the first of them, one batch each in every round: what disturbs one disturbs all.
@@ -56,7 +55,7 @@ def bench(
     A row holds medians over the rounds: images/s, step time and latency percentiles in ms, `latency_spread`
     (the middle half of the step times, over their median), `speedup` over the first model at the same point,
     and `realised_share`, the time saved over the MACs saved, both as fractions of the first model's. What
-    `peak_memory_mb` holds is said at `peak_memory`.
+    `peak_memory_mb` holds is said at `peak_memory`; it is empty for engines that do not allocate through torch.
 
     Args:
         models: The dense model and lean ones by name, the dense one first; or just (dense, lean). Lean models
@@ -65,49 +64,55 @@ def bench(
         images: Real images to run on, as a path, data set, loader or tensor ``(n, channels, H, W)``; random
             ones when not given, which is good enough only for models whose cost does not depend on the image.
         batch_sizes: Images a batch.
-        precisions: "fp32", "bf16", "fp16": weights and images are cast, nothing is done by autocast.
+        precisions: "fp32", "bf16", "fp16" or "int8", as the engines have them (`leanvit.engines`); in torch, weights
+            and images are cast, nothing is done by autocast.
+        engines: What runs the models: "torch", "compile", "onnxruntime", "openvino". In each, models take turns with
+            the first one in the same engine.
         threads: CPU threads.
         iterations: Rounds at each point; about ten seconds' worth when not given.
         warmup: Rounds before those, not counted.
         device: Where to run.
-        torchcompile: Compile every model with `torch.compile`.
         progress: Show a progress bar.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: An argument is out of range, or an engine is not installed or does not have a precision.
+        ExportError: A model cannot be exported to an engine.
         InputSizeError: A model does not take images of this size.
     """
     if img_size is not None and images is not None:
         raise ConfigError("both img_size and images are given; images have their size")
     models = _named(models)
-    _check(batch_sizes, precisions, threads, iterations, warmup)
     device = torch.device(device)
+    _check(batch_sizes, precisions, threads, iterations, warmup)
+    check_engines(engines, precisions, device)
     models = {name: deployed_form(model) for name, model in models.items()}
     costs = {name: _cost(model, img_size, images) for name, model in models.items()}
-    settings = {
-        "engine": "torch.compile" if torchcompile else "torch",
-        "threads": threads,
-        "device": str(device),
-        "torch": torch.__version__,
-    }
     rows: list[Row] = []
     with (
         _threads(threads),
         Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar,
     ):
-        task = bar.add_task("", total=len(precisions) * len(batch_sizes))
-        for precision in precisions:
-            dtype = PRECISIONS[precision]
-            cast = {name: _prepared(model, dtype, device, torchcompile) for name, model in models.items()}
+        points = list(product(engines, precisions))
+        task = bar.add_task("", total=len(points) * len(batch_sizes))
+        for engine, precision in points:
+            bar.update(task, description=f"preparing {engine}, {precision}")
+            ready = {name: ENGINES[engine](model, precision, threads, device) for name, model in models.items()}
             for batch_size in batch_sizes:
-                bar.update(task, description=f"timing {precision}, batch {batch_size}")
+                bar.update(task, description=f"timing {engine}, {precision}, batch {batch_size}")
                 runners = {
-                    name: _Runner(model, _batches(models[name], img_size, images, batch_size), dtype, device)
-                    for name, model in cast.items()
+                    name: _Runner(run, _batches(models[name], img_size, images, batch_size), device)
+                    for name, run in ready.items()
                 }
                 seconds = take_turns(list(runners.values()), iterations=iterations, warmup=warmup)
+                point = {
+                    "infer_batch_size": batch_size,
+                    "precision": precision,
+                    "engine": engine,
+                    "threads": threads,
+                    "device": str(device),
+                    "torch": torch.__version__,
+                }
                 for (name, runner), times in zip(runners.items(), seconds, strict=True):
-                    point = {"infer_batch_size": batch_size, "precision": precision, **settings}
                     rows.append(_row(name, models[name], costs[name], times, runner.peak_memory(), point))
                 bar.advance(task)
     _compare_with_first(rows, costs)
@@ -179,28 +184,27 @@ def peak_memory(run: Callable[[], Any], device: str | torch.device = "cpu") -> i
 
 
 class _Runner:
-    """Runs a model on one batch, the next one at each call, and returns when it is done."""
+    """Runs a model on one batch, the next one at each call."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        self.model = model
-        self.batches = [batch.to(device, dtype) for batch in batches]
+    def __init__(self, run: Engine, batches: Sequence[Tensor], device: torch.device) -> None:
+        self.run = run
+        self.batches = [batch.to(device, run.dtype) for batch in batches]
         self.device = device
         self.calls = 0
 
-    @torch.inference_mode()
     def __call__(self) -> None:
-        self.model(self.batches[self.calls % len(self.batches)])
+        self.run(self.batches[self.calls % len(self.batches)])
         self.calls += 1
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
-    def peak_memory(self) -> int:
-        """Bytes that one forward pass needs: weights, batch, and what it allocates."""
-        held = [*self.model.parameters(), *self.model.buffers(), self.batches[0]]
-        return sum(tensor.nbytes for tensor in held) + peak_memory(self, self.device)
+    def peak_memory(self) -> int | None:
+        """Bytes that one forward pass needs: weights, batch, and what it allocates; None where torch cannot tell."""
+        held = self.run.held()
+        if not held:
+            return None
+        return sum(tensor.nbytes for tensor in [*held, self.batches[0]]) + peak_memory(self, self.device)
 
 
-def _row(name: str, model: nn.Module, cost: Cost, seconds: Sequence[float], memory: int, point: Row) -> Row:
+def _row(name: str, model: nn.Module, cost: Cost, seconds: Sequence[float], memory: int | None, point: Row) -> Row:
     p25, p50, p75, p90, p99 = (1e3 * float(value) for value in np.percentile(seconds, (25, 50, 75, 90, 99)))
     height, width = cost.img_size
     return {
@@ -217,7 +221,7 @@ def _row(name: str, model: nn.Module, cost: Cost, seconds: Sequence[float], memo
         "latency_p99": p99,
         "latency_spread": (p75 - p25) / p50,
         "iterations": len(seconds),
-        "peak_memory_mb": memory / 1e6,
+        "peak_memory_mb": None if memory is None else memory / 1e6,
         **point,
     }
 
@@ -262,9 +266,6 @@ def _named(models: Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, n
 def _check(
     batch_sizes: Sequence[int], precisions: Sequence[str], threads: int, iterations: int | None, warmup: int
 ) -> None:
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision is {precision!r}; known are {', '.join(PRECISIONS)}")
     lowest = {"batch size": (min(batch_sizes, default=0), 1), "threads": (threads, 1), "warmup": (warmup, 0)}
     if iterations is not None:
         lowest["iterations"] = (iterations, 1)
@@ -272,7 +273,7 @@ def _check(
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
     if not precisions:
-        raise ConfigError(f"no precision to time in; known are {', '.join(PRECISIONS)}")
+        raise ConfigError("no precision to time in; fp32 and bf16 are usual")
 
 
 def _cost(model: nn.Module, img_size: int | tuple[int, int] | None, images: ImageSource | None) -> Cost:
@@ -293,11 +294,6 @@ def _batches(
     # Fewer images than one batch: the same ones again.
     few = torch.cat(batches)
     return [few.repeat(-(-batch_size // len(few)), 1, 1, 1)[:batch_size]]
-
-
-def _prepared(model: nn.Module, dtype: torch.dtype, device: torch.device, torchcompile: bool) -> nn.Module:
-    model = copy.deepcopy(model).eval().requires_grad_(False).to(device, dtype)
-    return torch.compile(model) if torchcompile else model  # type: ignore[return-value]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .count import deployed_form
 from .data import ImageSource, data_config, image_batches, known_classes
-from .engines import OnnxRuntime, require
+from .engines import OnnxFile, OnnxRuntime, require
 from .errors import ConfigError, ExportError
 from .fast import FastAttention
 from .files import written_whole
@@ -286,7 +286,7 @@ def _load_package(path: Path) -> Run:
 FORMATS = {
     kind.name: kind
     for kind in (
-        Format("onnx", ".onnx", _write_onnx, lambda path: OnnxRuntime(path), ("onnx", "onnxscript", "onnxruntime")),
+        Format("onnx", ".onnx", _write_onnx, OnnxFile, OnnxRuntime.packages),
         Format("program", ".pt2", _write_program, _load_program),
         Format("aotinductor", ".pt2", _write_package, _load_package),
     )

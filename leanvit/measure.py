@@ -20,9 +20,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .bench import PRECISIONS, bench, peak_memory, realised_share
+from .bench import bench, peak_memory, realised_share
 from .count import Cost, Share, constant_macs, count, deployed_form, evaluating, image_macs, input_size
 from .data import loader, open_data
+from .engines import PRECISIONS, check_engines
 from .errors import ConfigError, DataError, UnsupportedModelError
 from .model import LeanModel
 from .objective import Teacher
@@ -231,6 +232,7 @@ def compare(
     images: ImageSource | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     precisions: Sequence[str] = ("fp32",),
+    engines: Sequence[str] = ("torch",),
     threads: int = 2,
     iterations: int | None = None,
     device: str | torch.device = "cpu",
@@ -250,7 +252,7 @@ def compare(
         split, class_map: How a path is opened; see `open_data`.
         eval_batch_size: Images a batch when taking accuracy.
         workers: Processes that read images.
-        img_size, images, batch_sizes, precisions, threads, iterations, device, progress: See `bench`.
+        img_size, images, batch_sizes, precisions, engines, threads, iterations, device, progress: See `bench`.
 
     Raises:
         ConfigError: There is nothing to compare with, an argument is out of range, or a model takes images of
@@ -264,6 +266,7 @@ def compare(
     by_path = isinstance(data, str | os.PathLike)
     if not by_path and (split or class_map):
         raise ConfigError("split and class_map say how a path is opened; this data is open already")
+    check_engines(engines, precisions, torch.device(device))
     models = {name: deployed_form(model) for name, model in models.items()}
     opened = {
         name: open_data(data, model, split=split, class_map=class_map) if by_path else data  # type: ignore[arg-type]
@@ -291,6 +294,7 @@ def compare(
         images=images,
         batch_sizes=batch_sizes,
         precisions=precisions,
+        engines=engines,
         threads=threads,
         iterations=iterations,
         device=device,
@@ -306,7 +310,7 @@ def compare(
 
 def _in_precision(model: nn.Module, precision: str) -> nn.Module:
     if precision not in PRECISIONS:
-        raise ConfigError(f"precision is {precision!r}; known are {', '.join(PRECISIONS)}")
+        raise ConfigError(f"precision is {precision!r}; accuracy is taken in torch, in {', '.join(PRECISIONS)}")
     return copy.deepcopy(model).to(PRECISIONS[precision])
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import leanvit
 from leanvit import export as export_function
 from leanvit.cli import app
-from leanvit.engines import OnnxRuntime
+from leanvit.engines import OnnxFile
 from leanvit.export import FORMATS, sample_photos
 from leanvit.methods import parse
 
@@ -44,7 +44,7 @@ def test_onnx_gives_torch_s_outputs(case, tmp_path):
     images = photos(vit)
     found = leanvit.export(fast, tmp_path / "x.onnx", images=images)
     assert found.difference <= 1e-3 and found.images == len(images) and found.format == "onnx"
-    run = OnnxRuntime(found.path)
+    run = OnnxFile(found.path)
     for count in (1, 3):
         assert (run(images[:count]) - fast(images[:count])).abs().max() <= 1e-3
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.onnx"]
@@ -108,7 +108,7 @@ def test_dynamic_size(tmp_path):
     vit = small_vit(dynamic_img_size=True)
     found = leanvit.export(vit, tmp_path / "x.onnx", dynamic_size=True, images=photos(vit))
     images = torch.randn(2, 3, 48, 24)
-    assert (OnnxRuntime(found.path)(images) - vit(images)).abs().max() < 1e-3
+    assert (OnnxFile(found.path)(images) - vit(images)).abs().max() < 1e-3
 
 
 def test_images_that_everybody_has():

@@ -259,7 +259,7 @@ def test_bench_restores_the_number_of_threads(tiny_vit):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"precisions": ("int3",)}, errors.ConfigError, "precision is 'int3'; known are fp32, bf16, fp16"),
+        ({"precisions": ("int3",)}, errors.ConfigError, "precision is 'int3'; torch computes in fp32, bf16, fp16"),
         ({"precisions": ()}, errors.ConfigError, "no precision"),
         ({"batch_sizes": (4, 0)}, errors.ConfigError, "batch size is 0; it must be at least 1"),
         ({"batch_sizes": ()}, errors.ConfigError, "batch size is 0"),

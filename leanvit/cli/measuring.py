@@ -84,7 +84,7 @@ def bench(
         str | None, typer.Option(metavar="PATH", help="Real images to run on, else random ones.")
     ] = None,
     num_warm_iter: Annotated[int, typer.Option(metavar="N", help="Rounds before those that count.")] = 3,
-    torchcompile: Annotated[bool, typer.Option("--torchcompile", help="Run through torch.compile.")] = False,
+    torchcompile: Annotated[bool, typer.Option("--torchcompile", help="The same as --engine compile.")] = False,
     *,
     timing: Timing,
     output: Output,
@@ -110,7 +110,8 @@ def bench(
         raise ConfigError(f"{choice.model} is lean already ({model.lean}); --method is for a dense model")
     else:
         models = {"dense": dense_twin(model), choice.model: model}
-    rows = measure(models, images=data_dir, warmup=num_warm_iter, torchcompile=torchcompile, **timing.arguments())
+    arguments = timing.arguments() | ({"engines": ["compile"]} if torchcompile else {})
+    rows = measure(models, images=data_dir, warmup=num_warm_iter, **arguments)
     output.write(ctx, Table(rows, title=choice.model))
 
 

@@ -39,6 +39,7 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    int8 = "int8"
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -261,9 +262,12 @@ class Timing:
     batch_size: Annotated[
         list[int], _option("--batch-size", "-b", metavar="N", help="Images a batch; may be repeated.")
     ] = field(default_factory=lambda: [1, 32])
-    precision: Annotated[list[Precision], _option(metavar="NAME", help="fp32, bf16 or fp16; may be repeated.")] = field(
-        default_factory=lambda: [Precision.fp32]
-    )
+    precision: Annotated[
+        list[Precision], _option(metavar="NAME", help="fp32, bf16, fp16 or int8; may be repeated.")
+    ] = field(default_factory=lambda: [Precision.fp32])
+    engine: Annotated[
+        list[str], _option(metavar="NAMES", help="Of torch,compile,onnxruntime,openvino; may be repeated.")
+    ] = field(default_factory=lambda: ["torch"])
     threads: Annotated[int, _option(metavar="N", help="CPU threads.")] = 2
     num_bench_iter: Annotated[int | None, _option(metavar="N", help="Rounds; else ten seconds' worth.")] = None
     device: Device = "auto"
@@ -273,6 +277,7 @@ class Timing:
         return {
             "batch_sizes": self.batch_size,
             "precisions": [str(precision) for precision in self.precision],
+            "engines": [name.strip() for names in self.engine for name in names.split(",")],
             "threads": self.threads,
             "iterations": self.num_bench_iter,
             "device": best_device(self.device),
