@@ -88,7 +88,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[torch.nn.Module, float]:
         weights = args.data_dir / "deit_tiny_patch16_224.safetensors"
         model = resolve_model("deit_tiny_patch16_224", checkpoint=weights, num_classes=10, img_size=args.img_size)
         options = {"epochs": TEACHER_EPOCHS, "lr": 1e-4, "amp": "bf16", "workers": args.workers}
-        leanvit.train(model, data(args)[0], output=folder, **options)
+        leanvit.train(model, data(args)[0], output=folder, resume=True, **options)
     model = leanvit.load(folder / "last")
     return model, leanvit.evaluate(model, data(args)[1], progress=False).top1
 
