@@ -25,6 +25,7 @@ from .methods.dgssa import DGSSA
 from .methods.glad import GLAD
 from .methods.merging import TokenMerging
 from .methods.pruning import TokenPruning
+from .methods.sparsifiner import Sparsifiner
 from .model import Tokens, deploy, restore, slim
 from .record import record
 from .store import from_hub, load, push_to_hub, save
@@ -48,6 +49,7 @@ __all__ = [
     "LeanVitError",
     "MethodError",
     "RestoreError",
+    "Sparsifiner",
     "TokenMerging",
     "TokenPruning",
     "Tokens",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from rich.console import Console
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
     from .data import ImageSource
+    from .methods.base import LeanModule
     from .model import LeanVisionTransformer
+
+Batch = TypeVar("Batch")
 
 HELD_OUT = 8
 """One batch in so many is kept from the regression and judges it."""
@@ -110,6 +113,7 @@ def _fit_blocks(
         for index, (block, dense) in enumerate(pairs):
             for module in block.lean_modules():
                 module.start(dense, features.dense_inputs())
+                regression.learn(module, dense, list(features.dense_inputs()))
             if not features.changed and not block.lean_modules():
                 features.advance_unchanged(dense)
             else:
@@ -201,31 +205,42 @@ class _Regression:
         if before < EXACT:
             return BlockFit(index, before, before, False)
         start = copy.deepcopy(block.state_dict())
-        self._descend(block, fit, error)
+        self._descend(block, fit, lambda pair: _block_loss(block, error, *pair))
         after = error.mean(block, held_out)
         kept = after < before
         if not kept:
             block.load_state_dict(start)
         return BlockFit(index, before, after if kept else before, kept)
 
-    def _descend(self, block: LeanBlock, fit: Sequence[tuple[Tokens, Tensor]], error: _Error) -> None:
-        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    def learn(self, module: LeanModule, dense: Any, inputs: Sequence[Tensor]) -> None:
+        """Let a module minimise a loss of its own, where it has one."""
+        with torch.no_grad():
+            if module.start_loss(dense, inputs[0][:1]) is None:
+                return
+        self._descend(module, inputs, lambda x: cast(Tensor, module.start_loss(dense, x)))
+
+    def _descend(self, module: nn.Module, batches: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> None:
+        """Train what a loss of the batches depends on in a module."""
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: _rise_and_fall((step + 1) / (self.steps + 1))
         )
         order: list[int] = []
         for _ in range(self.steps):
-            order = order or torch.randperm(len(fit), generator=self.generator).tolist()
-            tokens, dense = fit[order.pop()]
+            order = order or torch.randperm(len(batches), generator=self.generator).tolist()
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                with torch.autocast(dense.device.type, torch.bfloat16):
-                    output = block(tokens)
-                error(output, dense).backward()
+                loss(batches[order.pop()]).backward()
             optimizer.step()
             schedule.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _block_loss(block: LeanBlock, error: _Error, tokens: Tokens, dense: Tensor) -> Tensor:
+    with torch.autocast(dense.device.type, torch.bfloat16):
+        output = block(tokens)
+    return error(output, dense)
 
 
 def _rise_and_fall(progress: float, rise: float = 0.1) -> float:

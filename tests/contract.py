@@ -48,6 +48,9 @@ METHODS = [
     "dgssa:layers=0,1+merging:r=3,first=2",
     "glad:at=1,keep=0.8+pruning:at=2",
     "pruning:at=0,2+merging:r=0,2,0,2",
+    "sparsifiner:keep=0.15",
+    "sparsifiner:keep=0.3,rho=4,layers=1,3,threshold=0.05+dgssa:layers=0,2",
+    "sparsifiner:keep=0.3+pruning:at=1,2",
 ]
 """Every method, alone and in company, with parameters that fit a model of four blocks."""
 
@@ -104,7 +107,13 @@ class Case:
 
 CASES = [Case(method) for method in METHODS] + [
     Case(method, model)
-    for method in ("dgssa:layers=0,1+glad:at=2,3", "adavit", "pruning:at=1,2", "merging:r=2")
+    for method in (
+        "dgssa:layers=0,1+glad:at=2,3",
+        "adavit",
+        "pruning:at=1,2",
+        "merging:r=2",
+        "sparsifiner:keep=0.3,layers=0,1,2+glad:at=3",
+    )
     for model in MODELS
     if model != "class token"
 ]

@@ -101,4 +101,4 @@ def _value(text: str) -> Any:
     return text
 
 
-from . import adavit, dgssa, glad, merging, pruning  # noqa: E402, F401  (they register themselves)
+from . import adavit, dgssa, glad, merging, pruning, sparsifiner  # noqa: E402, F401  (they register themselves)

@@ -49,6 +49,18 @@ class LeanModule(nn.Module):
             inputs: Its inputs on the warm-start images, batch by batch, each ``(B, P + N, C)``.
         """
 
+    def start_loss(self, dense: Block, x: Tensor) -> Tensor | None:
+        """What the module's own parameters minimise in the warm start, after `start` and before the block is regressed.
+
+        Args:
+            dense: The block of the dense model at the same place.
+            x: Its input, a batch ``(B, P + N, C)``.
+
+        Returns:
+            A loss; None where there is nothing to minimise.
+        """
+        return None
+
     def set_progress(self, progress: float) -> None:
         """Training has come this far, from 0 to 1."""
 

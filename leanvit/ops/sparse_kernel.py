@@ -1,0 +1,451 @@
+"""The CPU kernel of `leanvit.ops.sparse`: predictor, selection and attention in one pass over blocks of queries.
+
+Compiled by Numba when first used, cached on disk by Numba, and run by the threads of torch's own pool: a pool beside it
+would have to wait for torch's idle threads, which spin.
+
+How a block of queries goes, for one image and head: coefficients against the pooled keys; then, query by query, the
+largest coefficients, the sum of as many sparse rows of the basis, the largest scores of that sum, and attention to
+those keys. No array is larger than one head's keys, or one query's scores. Rows are padded with zeros to whole vectors.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from .vectors import (
+    LANES,
+    add,
+    at_least,
+    exp2,
+    first,
+    integer,
+    larger,
+    largest,
+    load,
+    load_bf16,
+    lowest,
+    multiply,
+    multiply_add,
+    number,
+    ones,
+    smaller,
+    smallest,
+    splat,
+    store,
+    store_bf16,
+    store_byte,
+    store_integer,
+    store_number,
+    store_totals,
+    take_one,
+    total,
+)  # fmt: skip
+
+QUERIES = 16
+"""Queries a task: enough to share what is read of the predictor, few enough that all threads get their share."""
+KEYS_AT_A_TIME = 64
+"""Keys that are projected before they are pooled."""
+(
+    NEXT_TASK, TASKS, HEADS, TOKENS, PREFIX, POSITIONS, BASIS_ROWS, WIDE_ROWS, TOP, KEEP, THRESHOLD, BF16,
+    Q, Q_IMAGE, Q_HEAD, Q_TOKEN, K, K_IMAGE, K_HEAD, K_TOKEN, V, V_IMAGE, V_HEAD, V_TOKEN,
+    OUT, OUT_IMAGE, OUT_HEAD, OUT_TOKEN, MASK, PLACES, KEYS, VALUES, POOLED,
+    Q_WEIGHT, K_WEIGHT, POOLING, BASIS_STARTS, BASIS_BLOCKS, BASIS_VALUES, FIELDS,
+) = range(40)  # fmt: skip
+"""What a call is told: counts, addresses, and strides in elements. The threshold travels in billionths."""
+
+F32, I32 = 4, 4
+NOTHING, SMALL = np.float32(-3e38), np.float32(2e-38)
+
+
+def _inline(function):
+    return njit(fastmath=True, error_model="numpy", forceinline=True)(function)
+
+
+@_inline
+def whole(count):
+    """Numbers in whole vectors that hold so many."""
+    return (count + LANES - 1) // LANES * LANES
+
+
+@_inline
+def _load_row(address, offset, bf16, width, scale, to):
+    """Bring a row of q, k or v to scratch."""
+    for j in range(0, width, LANES):
+        if bf16:
+            x = load_bf16(address + 2 * (offset + j))
+        else:
+            x = load(address + F32 * (offset + j))
+        store(to + F32 * j, multiply(x, splat(scale)))
+
+
+@_inline
+def _project(x, weight, rows, width, columns, out):
+    """out (rows, columns) = x (rows, width) · weight (width, columns), rows a multiple of 4, columns of 16."""
+    zero = splat(np.float32(0))
+    for t in range(0, rows, 4):
+        x0 = x + F32 * t * width
+        x1, x2, x3 = x0 + F32 * width, x0 + 2 * F32 * width, x0 + 3 * F32 * width
+        for j in range(0, columns, 2 * LANES):
+            pair = j + LANES < columns
+            a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
+            at = weight + F32 * j
+            if pair:
+                for i in range(width):
+                    a, b = load(at), load(at + F32 * LANES)
+                    y0, y1 = splat(number(x0 + F32 * i)), splat(number(x1 + F32 * i))
+                    y2, y3 = splat(number(x2 + F32 * i)), splat(number(x3 + F32 * i))
+                    a0, b0 = multiply_add(y0, a, a0), multiply_add(y0, b, b0)
+                    a1, b1 = multiply_add(y1, a, a1), multiply_add(y1, b, b1)
+                    a2, b2 = multiply_add(y2, a, a2), multiply_add(y2, b, b2)
+                    a3, b3 = multiply_add(y3, a, a3), multiply_add(y3, b, b3)
+                    at += F32 * columns
+            else:
+                for i in range(width):
+                    a = load(at)
+                    a0 = multiply_add(splat(number(x0 + F32 * i)), a, a0)
+                    a1 = multiply_add(splat(number(x1 + F32 * i)), a, a1)
+                    a2 = multiply_add(splat(number(x2 + F32 * i)), a, a2)
+                    a3 = multiply_add(splat(number(x3 + F32 * i)), a, a3)
+                    at += F32 * columns
+            to = out + F32 * (t * columns + j)
+            store(to, a0)
+            store(to + F32 * columns, a1)
+            store(to + 2 * F32 * columns, a2)
+            store(to + 3 * F32 * columns, a3)
+            if pair:
+                to += F32 * LANES
+                store(to, b0)
+                store(to + F32 * columns, b1)
+                store(to + 2 * F32 * columns, b2)
+                store(to + 3 * F32 * columns, b3)
+
+
+@_inline
+def _counts(x, vectors, b0, b1, b2, b3):
+    """How many values are at least as large as each of four borders."""
+    w0, w1, w2, w3 = splat(b0), splat(b1), splat(b2), splat(b3)
+    n0, n1, n2, n3 = 0, 0, 0, 0
+    for i in range(vectors):
+        values = load(x + F32 * LANES * i)
+        n0 += ones(at_least(values, w0))
+        n1 += ones(at_least(values, w1))
+        n2 += ones(at_least(values, w2))
+        n3 += ones(at_least(values, w3))
+    return n0, n1, n2, n3
+
+
+@_inline
+def _write_down(bits, start, found, chosen):
+    """Write down which bits are set; how many numbers are there then."""
+    while bits != np.uint64(0):
+        store_integer(chosen + I32 * found, start + lowest(bits))
+        bits &= bits - np.uint64(1)
+        found += 1
+    return found
+
+
+@_inline
+def _largest(x, count, low, wanted, chosen):
+    """Write down which values are the largest, in ascending order, ties to the lower index; how many there are.
+
+    The border between them and the rest is bracketed by counting how many values lie above it.
+
+    Args:
+        x: Address of the values; what follows them up to a whole vector is less than `low`.
+        count: How many.
+        low: No value is less.
+        wanted: How many of them to find.
+        chosen: Address of the result.
+    """
+    vectors = whole(count) // LANES
+    high = load(x)
+    for i in range(1, vectors):
+        high = larger(high, load(x + F32 * LANES * i))
+    top = largest(high)
+    above = np.float32(top + abs(top) * np.float32(1e-6) + np.float32(SMALL))
+    many, few = count, 0  # values from `low` on, values from `above` on
+    span = np.float32(above - low)
+    b0, b1, b2 = np.float32(low + SMALL), np.float32(low + span * 0.2), np.float32(low + span * 0.4)
+    b3 = np.float32(low + span * 0.65)
+    while many > wanted:
+        n0, n1, n2, n3 = _counts(x, vectors, b0, b1, b2, b3)
+        before = span
+        if n3 >= wanted:
+            low, many = b3, n3
+        elif n2 >= wanted:
+            low, many, above, few = b2, n2, b3, n3
+        elif n1 >= wanted:
+            low, many, above, few = b1, n1, b2, n2
+        elif n0 >= wanted:
+            low, many, above, few = b0, n0, b1, n1
+        else:
+            above, few = b0, n0
+        span = np.float32(above - low)
+        if span >= before or span <= SMALL:
+            break  # neighbouring numbers: what lies between is equal
+        b0, b1 = np.float32(low + span * 0.2), np.float32(low + span * 0.4)
+        b2, b3 = np.float32(low + span * 0.6), np.float32(low + span * 0.8)
+    border, ties, found = splat(low), wanted - few, 0
+    for i in range(vectors):
+        values = load(x + F32 * LANES * i)
+        bits = at_least(values, border)
+        if many > wanted:  # of those that tie at the border, the first ones
+            sure = at_least(values, splat(above))
+            tied = bits ^ sure
+            bits = sure
+            while ties > 0 and tied != np.uint64(0):
+                bits |= tied & -tied
+                tied &= tied - np.uint64(1)
+                ties -= 1
+        found = _write_down(bits, LANES * i, found, chosen)
+    return found
+
+
+@_inline
+def _attend(q, keys, values, chosen, count, weights, out, width):
+    """out = softmax(q·kᵀ)·v over the chosen keys; q is scaled to powers of two."""
+    for i in range(count, count + 3):
+        store_integer(chosen + I32 * i, integer(chosen))  # to groups of four
+    zero, row = splat(np.float32(0)), F32 * width
+    for i in range(0, count, 4):
+        at = chosen + I32 * i
+        k0, k1 = keys + row * integer(at), keys + row * integer(at + I32)
+        k2, k3 = keys + row * integer(at + 2 * I32), keys + row * integer(at + 3 * I32)
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(0, row, F32 * LANES):
+            x = load(q + j)
+            s0, s1 = multiply_add(x, load(k0 + j), s0), multiply_add(x, load(k1 + j), s1)
+            s2, s3 = multiply_add(x, load(k2 + j), s2), multiply_add(x, load(k3 + j), s3)
+        store_totals(weights + F32 * i, s0, s1, s2, s3)
+    nothing = splat(NOTHING)
+    store(weights + F32 * count, nothing)
+    high = nothing
+    for i in range(0, count, LANES):
+        high = larger(high, load(weights + F32 * i))
+    top, mass = splat(np.float32(-largest(high))), zero
+    for i in range(0, count, LANES):
+        x = exp2(add(load(weights + F32 * i), top))
+        store(weights + F32 * i, x)
+        mass = add(mass, x)
+    # What follows the weights is 2^-126 now, which is nothing.
+    share = splat(np.float32(1) / total(mass))
+    group = 4 * F32 * LANES
+    for j in range(0, row, group):
+        one, two, three = j + group // 4 < row, j + group // 2 < row, j + 3 * group // 4 < row
+        a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
+        for i in range(0, count, 2):
+            x, v = splat(number(weights + F32 * i)), values + row * integer(chosen + I32 * i) + j
+            y, w = splat(number(weights + F32 * (i + 1))), values + row * integer(chosen + I32 * (i + 1)) + j
+            a0, b0 = multiply_add(x, load(v), a0), multiply_add(y, load(w), b0)
+            if one:
+                a1, b1 = multiply_add(x, load(v + F32 * LANES), a1), multiply_add(y, load(w + F32 * LANES), b1)
+            if two:
+                a2, b2 = multiply_add(x, load(v + 2 * F32 * LANES), a2), multiply_add(y, load(w + 2 * F32 * LANES), b2)
+            if three:
+                a3, b3 = multiply_add(x, load(v + 3 * F32 * LANES), a3), multiply_add(y, load(w + 3 * F32 * LANES), b3)
+        store(out + j, multiply(share, add(a0, b0)))
+        if one:
+            store(out + j + F32 * LANES, multiply(share, add(a1, b1)))
+        if two:
+            store(out + j + 2 * F32 * LANES, multiply(share, add(a2, b2)))
+        if three:
+            store(out + j + 3 * F32 * LANES, multiply(share, add(a3, b3)))
+
+
+@_inline
+def _place(a, image, patch):
+    """The position of a patch token."""
+    return integer(a[PLACES] + I32 * (image * (a[TOKENS] - a[PREFIX]) + patch)) if a[PLACES] else patch
+
+
+@_inline
+def _pool(a, image, head, width, half, room):
+    """Pack one head's keys and values, and pool the projected keys: the first stage."""
+    tokens, prefix, wide, bf16 = a[TOKENS], a[PREFIX], a[WIDE_ROWS], a[BF16]
+    which = image * a[HEADS] + head
+    keys, values = a[KEYS] + F32 * which * tokens * width, a[VALUES] + F32 * which * tokens * width
+    pooled = a[POOLED] + F32 * which * half * wide
+    one, zero = np.float32(1), splat(np.float32(0))
+    for t in range(tokens):
+        at = image * a[K_IMAGE] + head * a[K_HEAD] + t * a[K_TOKEN]
+        _load_row(a[K], at, bf16, width, one, keys + F32 * t * width)
+        at = image * a[V_IMAGE] + head * a[V_HEAD] + t * a[V_TOKEN]
+        _load_row(a[V], at, bf16, width, one, values + F32 * t * width)
+    for i in range(0, half * wide, LANES):
+        store(pooled + F32 * i, zero)
+    pooling, weight = a[POOLING] + F32 * head * a[POSITIONS] * wide, a[K_WEIGHT] + F32 * head * width * half
+    for start in range(prefix, tokens, KEYS_AT_A_TIME):
+        # Four rows at a time: the last ones may be values of other tokens, which nothing reads.
+        count = min(KEYS_AT_A_TIME, tokens - start)
+        _project(keys + F32 * start * width, weight, count, width, half, room)
+        for i in range(0, half, 4):
+            for j in range(0, wide, LANES):
+                to = pooled + F32 * (i * wide + j)
+                a0, a1 = load(to), load(to + F32 * wide)
+                a2, a3 = load(to + 2 * F32 * wide), load(to + 3 * F32 * wide)
+                for t in range(count):
+                    row = load(pooling + F32 * (_place(a, image, start - prefix + t) * wide + j))
+                    x = room + F32 * (t * half + i)
+                    a0 = multiply_add(splat(number(x)), row, a0)
+                    a1 = multiply_add(splat(number(x + F32)), row, a1)
+                    a2 = multiply_add(splat(number(x + 2 * F32)), row, a2)
+                    a3 = multiply_add(splat(number(x + 3 * F32)), row, a3)
+                store(to, a0)
+                store(to + F32 * wide, a1)
+                store(to + 2 * F32 * wide, a2)
+                store(to + 3 * F32 * wide, a3)
+
+
+@_inline
+def _coefficients(a, row, wide, chosen):
+    """Turn a query's logits into coefficients, but for a factor, and write down which are the largest.
+
+    Returns:
+        How many are written down, and the sum of all.
+    """
+    count = a[BASIS_ROWS]
+    low, high = splat(np.float32(0)), splat(NOTHING)
+    for i in range(0, wide, LANES):
+        low = smaller(low, load(row + F32 * i))
+    at = row + F32 * (wide - LANES)
+    store(at, first(load(at), count - wide + LANES, splat(NOTHING)))
+    for i in range(0, wide, LANES):
+        high = larger(high, load(row + F32 * i))
+    found = _largest(row, count, smallest(low), min(a[TOP], count), chosen)
+    top, mass = splat(np.float32(-largest(high))), splat(np.float32(0))
+    for i in range(0, wide, LANES):
+        x = exp2(add(load(row + F32 * i), top))
+        store(row + F32 * i, x)
+        mass = add(mass, x)
+    return found, total(mass)
+
+
+@_inline
+def _select(a, image, head, row, rows, scores, kept, picked):
+    """The best-scored patches for one query, in ascending order; how many there are."""
+    patches = a[TOKENS] - a[PREFIX]
+    few, mass = _coefficients(a, row, a[WIDE_ROWS], rows)
+    for i in range(0, whole(a[POSITIONS]), LANES):
+        store(scores + F32 * i, splat(np.float32(0)))
+    starts = a[BASIS_STARTS] + I32 * head * a[BASIS_ROWS]
+    for i in range(few):
+        which = integer(rows + I32 * i)
+        coefficient = splat(number(row + F32 * which))
+        for b in range(integer(starts + I32 * which), integer(starts + I32 * (which + 1))):
+            to = scores + F32 * LANES * integer(a[BASIS_BLOCKS] + I32 * b)
+            store(to, multiply_add(coefficient, load(a[BASIS_VALUES] + F32 * LANES * b), load(to)))
+    if a[PLACES]:
+        for i in range(patches):
+            store_number(kept + F32 * i, number(scores + F32 * _place(a, image, i)))
+        scores = kept
+    at = scores + F32 * (whole(patches) - LANES)
+    store(at, first(load(at), patches - whole(patches) + LANES, splat(np.float32(-1))))
+    count = _largest(scores, patches, np.float32(0), a[KEEP], picked)
+    if a[THRESHOLD] > 0:
+        border, best = np.float32(a[THRESHOLD] * 1e-9 * mass), np.float32(0)
+        if a[PREFIX] == 0:  # the best one is attended to all the same
+            for i in range(count):
+                best = max(best, number(scores + F32 * integer(picked + I32 * i)))
+            border = min(border, best)
+        left = 0
+        for i in range(count):
+            which = integer(picked + I32 * i)
+            store_integer(picked + I32 * left, which)
+            left += number(scores + F32 * which) >= border
+        count = left
+    return count
+
+
+@_inline
+def _attend_block(a, image, head, start, stop, width, half, room):
+    """Predict, select and attend for queries start … stop of one head: the second stage."""
+    tokens, prefix, wide, bf16 = a[TOKENS], a[PREFIX], a[WIDE_ROWS], a[BF16]
+    which = image * a[HEADS] + head
+    keys, values = a[KEYS] + F32 * which * tokens * width, a[VALUES] + F32 * which * tokens * width
+    long = _long(a)
+    q = room
+    small = q + F32 * QUERIES * width
+    logits = small + F32 * QUERIES * half
+    out = logits + F32 * QUERIES * wide
+    scores = out + F32 * width
+    kept, weights = scores + F32 * long, scores + 2 * F32 * long
+    chosen, rows = scores + 3 * F32 * long, scores + 4 * F32 * long
+
+    scale = np.float32(1.4426950408889634 / np.sqrt(width))  # softmax by powers of two
+    for t in range(start, stop):
+        at = image * a[Q_IMAGE] + head * a[Q_HEAD] + t * a[Q_TOKEN]
+        _load_row(a[Q], at, bf16, width, scale, q + F32 * (t - start) * width)
+    _project(q, a[Q_WEIGHT] + F32 * head * width * half, QUERIES, width, half, small)
+    _project(small, a[POOLED] + F32 * which * half * wide, QUERIES, half, wide, logits)
+    for i in range(prefix):
+        store_integer(chosen + I32 * i, i)
+    for t in range(start, stop):
+        if t < prefix:  # it attends to all
+            count = tokens
+            for i in range(tokens):
+                store_integer(chosen + I32 * i, i)
+        else:
+            picked = chosen + I32 * prefix
+            count = _select(a, image, head, logits + F32 * (t - start) * wide, rows, scores, kept, picked)
+            for i in range(count):
+                store_integer(picked + I32 * i, integer(picked + I32 * i) + prefix)
+            count += prefix
+        if a[MASK]:
+            mask = a[MASK] + (which * tokens + t) * tokens
+            for i in range(tokens):
+                store_byte(mask + i, 0)
+            for i in range(count):
+                store_byte(mask + integer(chosen + I32 * i), 1)
+        else:
+            _attend(q + F32 * (t - start) * width, keys, values, chosen, count, weights, out, width)
+            at = image * a[OUT_IMAGE] + head * a[OUT_HEAD] + t * a[OUT_TOKEN]
+            for j in range(0, width, LANES):
+                if bf16:
+                    store_bf16(a[OUT] + 2 * (at + j), load(out + F32 * j))
+                else:
+                    store(a[OUT] + F32 * (at + j), load(out + F32 * j))
+
+
+@_inline
+def _long(a):
+    """Room for something of every position or token, and what is written beyond it."""
+    return whole(max(a[POSITIONS], a[TOKENS])) + 2 * LANES
+
+
+def compile_kernels(width, disk):
+    """The two stages for heads of a width; each is run by every thread at once, with the address of a call's fields.
+
+    Args:
+        width: d, a multiple of 16.
+        disk: Whether to keep it on disk.
+    """
+    signature = types.void(types.CPointer(types.int64))
+
+    @cfunc(signature, fastmath=True, error_model="numpy", cache=disk)
+    def pool(a):
+        half = whole(width // 2)
+        room = np.empty(KEYS_AT_A_TIME * half, np.float32)
+        while True:
+            task = take_one(a)
+            if task >= a[TASKS]:
+                return
+            _pool(a, task // a[HEADS], task % a[HEADS], width, half, room.ctypes.data)
+
+    @cfunc(signature, fastmath=True, error_model="numpy", cache=disk)
+    def attend(a):
+        half = whole(width // 2)
+        rows = whole(a[BASIS_ROWS])
+        room = np.empty(QUERIES * (width + half + a[WIDE_ROWS]) + width + 4 * _long(a) + rows, np.float32)
+        chunks = (a[TOKENS] + QUERIES - 1) // QUERIES
+        while True:
+            task = take_one(a)
+            if task >= a[TASKS]:
+                return
+            which, start = task // chunks, task % chunks * QUERIES
+            stop = min(start + QUERIES, a[TOKENS])
+            _attend_block(a, which // a[HEADS], which % a[HEADS], start, stop, width, half, room.ctypes.data)
+
+    return pool, attend
