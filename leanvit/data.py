@@ -63,6 +63,7 @@ class ImageData(Dataset[tuple[Tensor, int] | None]):
         relabel: The model's label for each label of the reader, where they differ.
         num_classes: Labels are below this, if it is known.
         mode: How images are decoded: ``"RGB"``, ``"L"`` (grey) or ``"RGBA"``.
+        crop_pct: Share of an image that the transform keeps, where it is the model's own.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ImageData(Dataset[tuple[Tensor, int] | None]):
         relabel: Mapping[int, int] | None = None,
         num_classes: int | None = None,
         mode: str = "RGB",
+        crop_pct: float | None = None,
     ) -> None:
         self.reader = reader
         self.path = path
@@ -83,6 +85,7 @@ class ImageData(Dataset[tuple[Tensor, int] | None]):
         self.relabel = relabel
         self.num_classes = num_classes
         self.mode = mode
+        self.crop_pct = crop_pct
         # In shared memory: loader workers find the damage, their parent reports it.
         self._is_damaged = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
 
@@ -91,18 +94,30 @@ class ImageData(Dataset[tuple[Tensor, int] | None]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         try:
-            file, label = self.reader[index]
-            with file, Image.open(file) as image:
-                pixels = in_mode(image, self.mode)  # decodes it all, so what was cut short fails here
+            pixels, label = self._read(index)
         except Exception as reason:  # a decoder that is given damaged bytes raises anything
             self._mark_damaged(index, reason)
             return None
-        return self.transform(pixels), self._model_label(int(label), index)
+        return self.transform(pixels), self._model_label(label, index)
 
     @property
     def damaged(self) -> list[str]:
         """The names of the damaged images met so far, each once, whichever process met them."""
         return [self.reader.filename(index) for index in self._is_damaged.nonzero().flatten().tolist()]
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        """The image itself, without the transform, and its label."""
+        pixels, label = self._read(index)
+        return pixels, self._model_label(label, index)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.reader[index]
+        with file, Image.open(file) as image:
+            return in_mode(image, self.mode), int(label)  # decodes it all, so what was cut short fails here
+
+    def is_damaged(self, index: int) -> bool:
+        """Whether this image was met and could not be read."""
+        return bool(self._is_damaged[index])
 
     def _mark_damaged(self, index: int, reason: Exception) -> None:
         self._is_damaged[index] = True
@@ -358,7 +373,7 @@ def _prepare(
             transform = create_transform(**config, is_training=training, **options)
         except (TypeError, ValueError, AssertionError) as reason:
             raise ConfigError(f"timm does not know this augmentation: {reason}") from None
-    return ImageData(reader, path, transform, mode=IMAGE_MODES[channels], **labelling)
+    return ImageData(reader, path, transform, mode=IMAGE_MODES[channels], crop_pct=config.get("crop_pct"), **labelling)
 
 
 def _open_reader(path: str, split: str | None, training: bool, class_map: ClassMap = "") -> ImageReader:

@@ -18,9 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from . import methods
 from .bench import bench
 from .data import open_data
-from .measure import compare, environment
+from .measure import Comparison, compare, environment
 from .methods import Method
-from .model import deploy, slim
+from .model import slim
+from .report.gather import machine, page_of
+from .report.page import Source, write
 from .report.plots import pareto
 from .report.tables import Row, Table
 from .train import TrainConfig, distill, train
@@ -40,7 +42,7 @@ SPEED_MODEL = "deit_tiny_patch16_224"
 
 
 def run(output: Path, json: Path | None = None) -> None:
-    """Run the demo and write ``results.json``, ``results.csv`` and ``pareto.png``.
+    """Run the demo and write ``results.json``, ``results.csv``, ``pareto.png`` and ``report.html``.
 
     Args:
         output: The folder for them; made when missing.
@@ -55,12 +57,13 @@ def run(output: Path, json: Path | None = None) -> None:
         console.rule(f"a dense ViT learns {DATA}", align="left")
         dense = small_vit()
         train(dense, open_data(DATA, dense, training=True), config=DENSE_TRAINING)
-        fast = {}
+        lean = {}
         for name, recipe in recipes.items():
-            console.rule(f"{name}: slim, warm start, distil, deploy", align="left")
-            fast[name] = lean_vit(dense, recipe)
-    console.rule("measuring", align="left")
-    digits = on_digits(dense, fast)
+            console.rule(f"{name}: slim, warm start, distil", align="left")
+            lean[name] = lean_vit(dense, recipe)
+    console.rule("deploying and measuring", align="left")
+    comparison = on_digits(dense, lean)
+    digits = [{**row, "data": DATA, "trained": True} for row in comparison.rows]
     speed = on_random_images(recipes)
 
     table = Table([*digits, *speed])
@@ -68,12 +71,23 @@ def run(output: Path, json: Path | None = None) -> None:
     for path in filter(None, (output / "results.json", json)):
         table.to_json(path, command="demo", environment=environment(), seconds=round(time.monotonic() - start))
     pareto(digits, output / "pareto.png", title="Handwritten digits: accuracy against measured throughput")
+    source = Source(
+        "handwritten digits, and random images where it says so",
+        "leanvit demo",
+        seed=DENSE_TRAINING.seed,
+        settings={"dense training": DENSE_TRAINING, "distillation": LEAN_TRAINING},
+        environment=machine(environment()),
+    )
+    page = page_of(dense, lean, comparison, source)
+    rows = [{**row, "source": 0} for row in table.rows]
+    report = write(replace(page, rows=rows), output / "report.html", overwrite=True)
     show = Console(highlight=False)
     show.print(f"\n{DATA}: held-out images, a ViT of {digits[0]['param_count']:.2f} M parameters")
     show.print(figures(digits))
     show.print(f"\n{SPEED_MODEL}: the same recipes with random weights, speed only")
     show.print(figures(speed))
     show.print(f"results.json, results.csv and pareto.png are in {output}/", markup=False)
+    show.print(f"The report, to open in a browser: {report.absolute()}", markup=False, soft_wrap=True)
 
 
 def default_recipes() -> dict[str, tuple[Method, ...]]:
@@ -112,7 +126,7 @@ def small_vit() -> VisionTransformer:
 
 
 def lean_vit(dense: VisionTransformer, recipe: tuple[Method, ...]) -> VisionTransformer:
-    """The deployed form of a model slimmed by a recipe, warm-started and distilled on the digits.
+    """A model slimmed by a recipe, warm-started and distilled on the digits.
 
     The held-out digits take no part, not even in choosing the best epoch: they are for the table.
     """
@@ -120,13 +134,12 @@ def lean_vit(dense: VisionTransformer, recipe: tuple[Method, ...]) -> VisionTran
     lean = slim(dense, *recipe, images=images)
     warm_start(lean, dense, images)
     distill(lean, dense, open_data(DATA, dense, training=True), config=LEAN_TRAINING)
-    return deploy(lean)
+    return lean
 
 
-def on_digits(dense: VisionTransformer, fast: Mapping[str, VisionTransformer]) -> list[Row]:
-    """Accuracy on the held-out digits, cost and speed."""
-    table = compare(dense, fast, open_data(DATA, dense, split="val"), batch_sizes=(128,))
-    return [{**row, "data": DATA, "trained": True} for row in table.rows]
+def on_digits(dense: VisionTransformer, lean: Mapping[str, VisionTransformer]) -> Comparison:
+    """Accuracy on the held-out digits, cost and speed of the deployed forms."""
+    return compare(dense, lean, open_data(DATA, dense, split="val"), batch_sizes=(128,))
 
 
 def on_random_images(recipes: Mapping[str, tuple[Method, ...]]) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -250,6 +250,7 @@ class Explainer:
     """Explains one photo after another with the same models, deployed once. The arguments are those of `explain`.
 
     Args:
+        crop_pct: Share of the photo that is kept; the model's own if left out.
         rounds: How often each model is timed on a photo.
     """
 
@@ -260,6 +261,7 @@ class Explainer:
         teacher: nn.Module | None = None,
         class_names: Sequence[str] | str | os.PathLike[str] | None = None,
         query: tuple[int, int] | None = None,
+        crop_pct: float | None = None,
         rounds: int = 10,
     ) -> None:
         if not isinstance(model, LeanModel):
@@ -276,6 +278,7 @@ class Explainer:
         self.names = class_descriptions(model, class_names)
         self.grid: Grid = cast(Any, model).patch_embed.grid_size
         self.query = _query(query, self.grid)
+        self.crop = {} if crop_pct is None else {"crop_pct": crop_pct}
         self.rounds = rounds
 
     def __call__(self, image: Photo, *, name: str = "", label: int | None = None) -> Explanation:
@@ -298,7 +301,7 @@ class Explainer:
             self.lean.train(was_training)
         return Explanation(
             name=name,
-            photo=as_seen(self.lean, photo),
+            photo=as_seen(photo, data_config(self.lean) | self.crop),
             grid=self.grid,
             prefix=self.lean.num_prefix_tokens,
             outcomes=outcomes,
@@ -333,7 +336,7 @@ class Explainer:
 
     def _input(self, model: Any, photo: Image.Image) -> Tensor:
         """The photo as the model takes it, ``(1, C, H, W)``."""
-        config = data_config(model)
+        config = data_config(model) | self.crop
         pixels: Any = create_transform(**config)(photo.convert(IMAGE_MODES[config["input_size"][0]]))
         return pixels[None].to(next(model.parameters()))
 
@@ -398,12 +401,16 @@ def _as_bool(usage: Tensor | None) -> Tensor | None:
     return None if usage is None else usage > 0.5
 
 
-def as_seen(model: nn.Module, photo: Image.Image) -> Image.Image:
-    """What a model sees of a photo, cropped as it crops, in more pixels: `SHOWN_SIDE` or what the model takes."""
-    config = data_config(model)
+def as_seen(photo: Image.Image, config: Mapping[str, Any]) -> Image.Image:
+    """What a model sees of a photo, cropped as it crops, in more pixels: `SHOWN_SIDE` or what the model takes.
+
+    Args:
+        photo: The photo.
+        config: The model's preprocessing, as `data_config` gives it.
+    """
     _, height, width = config["input_size"]
     factor = max(1, -(-SHOWN_SIDE // max(height, width)))
-    larger = config | {"input_size": (3, height * factor, width * factor), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    larger = {**config, "input_size": (3, height * factor, width * factor), "mean": (0.0,) * 3, "std": (1.0,) * 3}
     pixels: Any = create_transform(**larger)(photo.convert("RGB"))
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 

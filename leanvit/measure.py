@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .data import ClassMap, ImageSource
 
 __all__ = [
+    "Comparison",
     "Cost",
     "EvalResult",
     "Share",
@@ -62,6 +63,7 @@ class EvalResult:
         damaged: Names of the images that could not be read and were skipped.
         labels: The images' labels, ``(count,)``.
         predictions: The highest class of each image, ``(count,)``.
+        confidences: Its probability, ``(count,)``.
         macs: What each image cost, ``(count,)``, where a deployed model decides that by the image; else None.
     """
 
@@ -72,6 +74,7 @@ class EvalResult:
     damaged: tuple[str, ...] = ()
     labels: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long))
     predictions: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long))
+    confidences: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0))
     macs: Tensor | None = field(repr=False, compare=False, default=None)
 
     @property
@@ -174,6 +177,7 @@ class _Counts:
         self.agreeing = 0
         self.labels: list[Tensor] = []
         self.predictions: list[Tensor] = []
+        self.confidences: list[Tensor] = []
 
     def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, found: Recorder) -> None:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
@@ -184,7 +188,8 @@ class _Counts:
             raise DataError(
                 f"labels go from {int(labels.min())} to {int(labels.max())}, the model has {classes} classes"
             )
-        best = logits.float().topk(min(5, classes), dim=1).indices.cpu()  # (B, 5)
+        scores = logits.float().cpu()
+        best = scores.topk(min(5, classes), dim=1).indices  # (B, 5)
         self.in_top5 += int((best == labels[:, None]).sum())
         if teacher_logits is not None:
             self.agreeing += int((teacher_logits.argmax(dim=1).cpu() == best[:, 0]).sum())
@@ -192,6 +197,7 @@ class _Counts:
             self.macs.append(image_macs(found, self.constant))
         self.labels.append(labels)
         self.predictions.append(best[:, 0])
+        self.confidences.append(scores.softmax(dim=1).amax(dim=1))
 
     def result(self, damaged: tuple[str, ...], agreement: bool) -> EvalResult:
         if not self.labels:
@@ -206,6 +212,7 @@ class _Counts:
             damaged=damaged,
             labels=labels,
             predictions=predictions,
+            confidences=torch.cat(self.confidences),
             macs=torch.cat(self.macs) if self.macs else None,
         )
 
@@ -219,6 +226,19 @@ def _damaged(dataset: Dataset[Any]) -> tuple[str, ...]:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return tuple(getattr(dataset, "damaged", ()))
+
+
+@dataclass(frozen=True)
+class Comparison(Table):
+    """A table that also keeps what each image was taken for.
+
+    Args:
+        results: By model, in the first precision.
+        images: What they were measured on.
+    """
+
+    results: Mapping[str, EvalResult] = field(default_factory=dict, repr=False)
+    images: Any = field(default=None, repr=False)
 
 
 def compare(
@@ -239,7 +259,7 @@ def compare(
     eval_batch_size: int = 50,
     workers: int = 0,
     progress: bool = True,
-) -> Table:
+) -> Comparison:
     """Accuracy, MACs, latency, throughput and memory of lean models beside the dense one's, in one table.
 
     Lean models are deployed first: what is measured is what ships. Accuracy is taken in each precision, weights
@@ -305,7 +325,9 @@ def compare(
         row |= result.row()
         if row["model"] != "dense":
             row |= {"top1_diff": result.top1 - reference.top1, "teacher": "dense"}
-    return Table(rows, title=f"{_name(dense)}, {reference.count} images")
+    first = {name: results[name, precisions[0]] for name in models}
+    title = f"{_name(dense)}, {reference.count} images"
+    return Comparison(rows, title=title, results=first, images=opened["dense"])
 
 
 def _in_precision(model: nn.Module, precision: str) -> nn.Module:

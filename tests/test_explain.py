@@ -194,9 +194,8 @@ class TestPhotos:
     def test_huge_photo_is_made_smaller(self, lean, tmp_path) -> None:
         Image.new("RGB", (9000, 12000), "teal").save(tmp_path / "huge.jpg")
         assert max(read_photo(tmp_path / "huge.jpg").size) <= LONGEST_SIDE
-        assert (
-            leanvit.explain(lean, tmp_path / "huge.jpg").photo.size == as_seen(lean, Image.new("RGB", (90, 120))).size
-        )
+        small = as_seen(Image.new("RGB", (90, 120)), data_config(lean))
+        assert leanvit.explain(lean, tmp_path / "huge.jpg").photo.size == small.size
 
     def test_more_pixels_than_safe(self, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -214,7 +213,7 @@ class TestPhotos:
         # A wide photo, blue at both ends: the model crops to the middle, and so does the picture.
         image = Image.new("RGB", (300, 100), "blue")
         image.paste("white", (90, 0, 210, 100))
-        shown = np.asarray(as_seen(tiny_vit, image))
+        shown = np.asarray(as_seen(image, data_config(tiny_vit)))
         assert shown.shape[0] == shown.shape[1] >= 448 and shown.min() > 250
 
     def test_no_image(self, lean, tmp_path) -> None:

@@ -19,7 +19,7 @@ def demo(
     """Do all of it on embedded data, in minutes.
 
     Trains a small ViT on handwritten digits, slims it with every method, distils, deploys and measures.
-    Writes results.json, results.csv and pareto.png.
+    Writes results.json, results.csv, pareto.png and report.html, a page about all of it.
     """
     from ..demo import run
 

@@ -17,12 +17,13 @@ from .options import (
     EvalData,
     ModelChoice,
     Output,
+    ReportFile,
     Timing,
     amp_name,
     best_device,
     takes_groups,
 )
-from .printing import say
+from .printing import command_line, say, say_where
 
 if TYPE_CHECKING:
     from torch import nn
@@ -171,6 +172,9 @@ def compare(
     lean: Annotated[list[Path], typer.Argument(metavar="LEAN...", help="Saved models or runs to compare with MODEL.")],
     data: EvalData,
     timing: Timing,
+    report: ReportFile = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page that is there.")] = False,
+    *,
     output: Output,
 ) -> None:
     """Put lean models beside the dense MODEL.
@@ -178,8 +182,13 @@ def compare(
     One table: accuracy, agreement, MACs, latency, throughput, memory.
     """
     from ..measure import compare as measure
+    from ..measure import environment
+    from ..report.gather import machine, page_of
+    from ..report.page import Source, check_file, write
     from ..store import resolve_model
 
+    if report:
+        check_file(report, overwrite)
     dense = choice.load()
     models = {str(path): resolve_model(str(path)) for path in lean}
     for model in (dense, *models.values()):
@@ -194,6 +203,10 @@ def compare(
         **timing.arguments(),
     )
     output.write(ctx, table)
+    if report:
+        title = ", ".join(filter(None, (data.data_dir, data.val_split)))
+        source = Source(title, command_line(), settings=ctx.params, environment=machine(environment()))
+        say_where(write(page_of(dense, models, table, source), report, overwrite=overwrite))
 
 
 def accuracy_row(name: str, model: nn.Module, result: EvalResult | None = None) -> Row:

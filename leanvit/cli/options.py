@@ -185,6 +185,9 @@ AmpType = Annotated[AmpDtype, _option(help="Its precision.")]
 JsonFile = Annotated[
     Path | None, _option(metavar="FILE", callback=new_file, help="Write figures, settings, versions here.")
 ]
+ReportFile = Annotated[
+    Path | None, _option("--report", metavar="FILE", callback=new_file, help="Write a page (HTML) about it here.")
+]
 Config = Annotated[
     Path | None,
     _option(
@@ -295,15 +298,13 @@ class Output:
 
     def write(self, ctx: typer.Context, table: Table, folder: Path | None = None) -> None:
         """Print a table and write the files that were asked for, and those of a run into its folder."""
-        from ..measure import environment
-        from .printing import show
+        from .printing import provenance, show
 
         show(table)
-        about = {"command": ctx.info_name, "settings": ctx.params, "environment": environment()}
         for path in filter(None, (self.results_file, folder and folder / "results.csv")):
             table.to_csv(path)
         for path in filter(None, (self.json, folder and folder / "results.json")):
-            table.to_json(path, **about)
+            table.to_json(path, **provenance(ctx))
 
 
 @dataclass(frozen=True)

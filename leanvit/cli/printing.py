@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 
 PIPE_WIDTH = 200
@@ -21,3 +25,25 @@ def show(renderable: Any) -> None:
 def say(line: str) -> None:
     """Print a line about the progress on stderr."""
     Console(stderr=True, highlight=False).print(line, markup=False)
+
+
+def say_where(page: Path) -> None:
+    """Tell where a page is."""
+    say(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB, opens in any browser)")
+
+
+def provenance(ctx: typer.Context) -> dict[str, Any]:
+    """How figures came about, for a file of them: command, every setting, machine and versions."""
+    from ..measure import environment
+
+    return {
+        "command": ctx.info_name,
+        "command_line": command_line(),
+        "settings": ctx.params,
+        "environment": environment(),
+    }
+
+
+def command_line() -> str:
+    """What was typed, to be kept beside the figures."""
+    return shlex.join(["leanvit", *sys.argv[1:]])

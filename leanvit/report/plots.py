@@ -67,7 +67,7 @@ def pareto(
     figure = _figure(len(panels), title)
     for axes, panel in zip(figure.axes, panels, strict=True):
         _pareto_panel(axes, panel, x, y)
-        axes.set_title(_point_name(panel[0]), fontsize=10, loc="left", color="0.3")
+        axes.set_title(point_name(panel[0]), fontsize=10, loc="left", color="0.3")
     figure.axes[0].set_ylabel(_AXES.get(y, y))
     # Names go where there is room, which is known once everything else has its place.
     figure.canvas.draw()
@@ -179,7 +179,8 @@ def _around(centre: np.ndarray, distance: float) -> Bbox:
     return Bbox.from_bounds(x - distance, y - distance, 2 * distance, 2 * distance)
 
 
-def _point_name(row: Row) -> str:
+def point_name(row: Row) -> str:
+    """The point of measurement of a row, for people."""
     parts = [
         str(row.get("precision") or ""),
         f"batch {row['infer_batch_size']}" if row.get("infer_batch_size") else "",
