@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 40
-LETTER = 7.0
+LETTER = 7.4
 """Mean width of a letter at the charts' text size; what decides whether names meet."""
 
 
@@ -39,7 +39,7 @@ class Scale:
     def __init__(self, values: Iterable[float], start: float, end: float, *, zero: bool = False, margin: float = 0.08):
         values = list(values)
         low, high = min(values), max(values)
-        space = (high - low) * margin or abs(high) * margin or 1.0
+        space = (high - low) * margin if high > low else abs(high) * margin or 1.0
         self.low, self.high = (0.0 if zero else low - space), high + space
         self.start, self.end = start, end
 
@@ -104,7 +104,7 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], unit: str)
         names: What the bars of a group are, the dense model first.
         unit: Of the values.
     """
-    row, label = 11 * len(names) + 8, max(map(len, groups)) * LETTER + 8
+    row, label = 13 * len(names) + 8, max(map(len, groups)) * LETTER + 8
     x = Scale([0, *(value for values in groups.values() for value in values)], label, WIDTH - 62, zero=True, margin=0)
     parts = []
     for place, (group, values) in enumerate(groups.items()):
@@ -115,20 +115,20 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], unit: str)
         for index, (name, value) in enumerate(zip(names, values, strict=True)):
             parts.append(
                 Markup(
-                    '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="9">'
+                    '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="10">'
                     "<title>{} {}: {} {}</title></rect>"
                     '<text class="small" x="{:.1f}" y="{:.1f}">{}</text>'
                 ).format(
                     "lean" if index else "dense",
                     label,
-                    top + 11 * index,
+                    top + 13 * index,
                     max(x(value) - label, 0),
                     group,
                     name,
                     brief(value),
                     unit,
                     x(value) + 4,
-                    top + 11 * index + 8,
+                    top + 13 * index + 9,
                     brief(value),
                 )
             )
