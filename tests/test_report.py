@@ -327,12 +327,14 @@ class TestPage:
         assert [row["confidence"] for row in rows] == sorted((row["confidence"] for row in rows), reverse=True)
         assert "gmacs_mean" not in rows[0]  # every image costs the same
 
-    def test_cost_of_quarters_where_it_differs(self, dense, photos, monkeypatch) -> None:
-        lean = leanvit.slim(dense, Everything())
+    def test_cost_where_it_differs_by_image(self, dense, photos, monkeypatch) -> None:
+        surest, right = torch.linspace(1, 0, 20), torch.zeros(20)
+        result = EvalResult(0, 0, None, 20, (), right, right, surest, macs=torch.arange(20) * 1e9)
+        rows = gather.quarters(None, result, gather.easiest_first(result))
+        assert [row["gmacs_mean"] for row in rows] == pytest.approx([2, 7, 12, 17]) and "dense_top1" not in rows[0]
         monkeypatch.setattr(Everything, "data_dependent", True, raising=False)
-        result = EvalResult(0, 0, None, 20, (), torch.zeros(20), torch.zeros(20), torch.linspace(1, 0, 20))
-        rows = gather.quarters(None, result, list(range(20)), open_data(photos, dense), lean)
-        assert [row["gmacs_mean"] for row in rows] == [pytest.approx(leanvit.count(lean).macs / 1e9)] * 4
+        lean = leanvit.slim(dense, Everything())
+        assert gather.cost_of(lean, open_data(photos, dense)).macs == pytest.approx(leanvit.count(lean).macs)
 
     def test_damaged_images_shift_nothing(self, dense, lean, photos, tmp_path) -> None:
         import shutil

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from ..bench import bench
-from ..count import count, deployed_form
+from ..count import Cost, count, deployed_form
 from ..data import ImageData, open_data, report_damage
 from ..errors import ConfigError, DataError, LeanVitError
 from ..explain import Explainer, Explanation
@@ -39,7 +39,7 @@ PHOTOS = 12
 QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quarter")
 
 COSTED = 16
-"""Images of a quarter whose MACs are counted, where they differ by image."""
+"""Images that layers are counted on, where a model's cost differs by image."""
 
 
 def page_of(
@@ -59,23 +59,17 @@ def page_of(
         source: How it was measured.
         progress: Show a progress bar.
     """
-    costs = {DENSE: count(dense)} if dense is not None else {}
-    page = Page(
-        models={name: about(model) for name, model in lean.items()},
-        rows=[{**row, "source": 0} for row in table.rows],
-        costs={**costs, **{name: count(model) for name, model in lean.items()}},
-        sources=[source],
-    )
     images = table.images
     order = easiest_first(table.results.get(DENSE) or next(iter(table.results.values())))
-    return replace(
-        page,
+    costs = {DENSE: count(dense)} if dense is not None else {}
+    return Page(
+        models={name: about(model) for name, model in lean.items()},
+        rows=[{**row, "source": 0} for row in table.rows],
+        costs={**costs, **{name: cost_of(model, images) for name, model in lean.items()}},
+        sources=[source],
         count=len(order),
         galleries=galleries(dense, lean, images, order, progress=progress),
-        difficulty={
-            name: quarters(table.results.get(DENSE), table.results[name], order, images, model)
-            for name, model in lean.items()
-        },
+        difficulty={name: quarters(table.results.get(DENSE), table.results[name], order) for name in lean},
     )
 
 
@@ -134,52 +128,45 @@ def galleries(
     return found
 
 
-def quarters(
-    reference: EvalResult | None,
-    result: EvalResult,
-    order: Sequence[int],
-    images: ImageData | Subset[Any],
-    model: nn.Module,
-) -> list[Row]:
+def quarters(reference: EvalResult | None, result: EvalResult, order: Sequence[int]) -> list[Row]:
     """A row for each quarter of the images, from the easiest to the hardest.
 
     Args:
         reference: What the dense model took each image for, if there is one.
-        result: What the lean model took it for.
+        result: What the lean model took it for, and what each cost where that differs.
         order: Places of the images, easiest first.
-        images: The images themselves.
-        model: The lean model; its MACs are counted by quarter where they differ by image.
     """
     size = math.ceil(len(order) / len(QUARTERS))
     surest = result if reference is None else reference
     rows: list[Row] = []
     for number, name in enumerate(QUARTERS):
-        places = order[number * size : (number + 1) * size]
-        if not places:
+        at = torch.tensor(order[number * size : (number + 1) * size], dtype=torch.long)
+        if not len(at):
             continue
-        at = torch.tensor(places)
-
-        def share(right: torch.Tensor, at: torch.Tensor = at) -> float:
-            return 100 * right[at].float().mean().item()
-
-        row: Row = {"quarter": f"{name} ({len(places)})", "confidence": surest.confidences[at].mean().item()}
+        row: Row = {"quarter": f"{name} ({len(at)})", "confidence": _mean(surest.confidences, at)}
         if reference is not None:
-            row["dense_top1"] = share(reference.predictions == reference.labels)
-        row["top1"] = share(result.predictions == result.labels)
+            row["dense_top1"] = 100 * _mean(reference.predictions == reference.labels, at)
+        row["top1"] = 100 * _mean(result.predictions == result.labels, at)
         if reference is not None:
-            row["agreement"] = share(result.predictions == reference.predictions)
-        if cost_differs(model):
-            data, readable = _readable(images)
-            some = [data[readable[places[place]]] for place in _spread(len(places), COSTED)]
-            batch = torch.stack([sample[0] for sample in some if sample is not None])
-            row["gmacs_mean"] = count(model, images=batch).macs / 1e9
+            row["agreement"] = 100 * _mean(result.predictions == reference.predictions, at)
+        if result.macs is not None:
+            row["gmacs_mean"] = _mean(result.macs, at) / 1e9
         rows.append(row)
     return rows
 
 
-def cost_differs(model: Any) -> bool:
-    """Whether the deployed model's cost depends on the image."""
-    return isinstance(model, LeanModel) and any(method.data_dependent for method in model.lean.methods)
+def _mean(values: torch.Tensor, at: torch.Tensor) -> float:
+    return values[at].double().mean().item()
+
+
+def cost_of(model: Any, images: ImageData | Subset[Any]) -> Cost:
+    """What a model costs on paper; the mean of some images where it depends on them."""
+    methods = model.lean.methods if isinstance(model, LeanModel) else ()
+    if not any(method.data_dependent for method in methods):
+        return count(model)
+    data, readable = _readable(images)
+    batch = [data[readable[place]] for place in _spread(len(readable), COSTED)]
+    return count(model, images=torch.stack([sample[0] for sample in batch if sample is not None]))
 
 
 def _readable(images: ImageData | Subset[Any]) -> tuple[ImageData, list[int]]:
@@ -301,7 +288,7 @@ def _measured(
     data = open_data(path, next(iter(lean.values())), **opening)
     subset = Subset(data, sorted({*_spread(len(data), most)}))
     if knows:
-        table = compare(dense, lean, subset, **timing)
+        table = compare(dense, lean, subset, images=subset, **timing)  # what adapts is timed on real images
     else:
         table = _without_reference(dense, lean, subset, timing)
     page = page_of(dense if knows else None, lean, table, source, progress=timing["progress"])
@@ -322,7 +309,7 @@ def _without_reference(
         name: evaluate(model, data, device=timing["device"], progress=timing["progress"])
         for name, model in fast.items()
     }
-    rows = bench({DENSE: dense, **fast}, precisions=("fp32",), **timing)
+    rows = bench({DENSE: dense, **fast}, images=data, precisions=("fp32",), **timing)
     for row in rows:
         if row["model"] in results:
             row |= results[row["model"]].row()

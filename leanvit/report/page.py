@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from ..files import written_whole
 from ..version import __version__
 from . import charts
 from .gallery import gallery
-from .headline import DENSE, by_point, headline, ignored, in_macs
+from .headline import DENSE, by_point, gmacs, headline, ignored, in_macs
 from .plots import frontier, point_name
 from .tables import Row
 
@@ -97,7 +96,7 @@ class Page:
     missing: Sequence[str] = ()
 
 
-def check_file(path: str | os.PathLike[str], overwrite: bool) -> None:
+def check_file(path: str | Path, overwrite: bool) -> None:
     """Refuse a place for a page that is taken.
 
     Raises:
@@ -110,7 +109,7 @@ def check_file(path: str | os.PathLike[str], overwrite: bool) -> None:
         raise ConfigError(f"{path} exists; give another --output, or --overwrite")
 
 
-def write(page: Page, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def write(page: Page, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a page as one HTML file, the file there only when whole.
 
     Raises:
@@ -176,8 +175,8 @@ def _about(row: Row) -> list[str]:
     facts = [f"{row['top1']:.1f} % top-1", f"{charts.brief(row['infer_samples_per_sec'])} images/s"]
     if row.get("speedup") is not None:
         facts.append(f"{row['speedup']:.2f}× the dense model's speed")
-    if row.get("infer_gmacs"):
-        facts.append(f"{in_macs(row['infer_gmacs'])} multiply-accumulates")
+    if macs := gmacs(row):
+        facts.append(f"{in_macs(macs)} multiply-accumulates")
     if row.get("latency_p50") is not None:
         facts.append(f"{row['latency_p50']:.1f} ms a batch (median)")
     return facts
@@ -206,7 +205,7 @@ HEADINGS = {
     "top1_diff": "Against dense",
     "agreement": "Agreement %",
     "infer_gmacs": "GMACs",
-    "gmacs_mean": "GMACs",
+    "gmacs_mean": "GMACs, mean",
     "infer_samples_per_sec": "Images/s",
     "speedup": "Speed against dense",
     "realised_share": "Realised share",
