@@ -26,6 +26,8 @@ from leanvit.store import resolve_model
 LEAN = "dgssa:layers=auto:3+glad:at=4,6,8"
 GENTLE = {"lr": 5e-4, "inherited_lr_scale": 0.2}
 """Pretrained weights at the rate the teacher was fine-tuned with, new ones faster."""
+QUICK = {"lr": 5e-4, "inherited_lr_scale": 0.4}
+"""For methods that move the pretrained weights further."""
 TEACHER_EPOCHS = 3
 STUDENTS: dict[str, dict[str, Any]] = {
     "later stages": {"method": LEAN.replace("4,6,8", "6,8,10"), "epochs": 6, "options": GENTLE},
@@ -44,6 +46,11 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "budgets": (0.7, 0.5, 0.35),
     },
     "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 4},
+    "castling": {"method": "castling", "epochs": 10, "options": QUICK},
+    "castling, short": {"method": "castling", "epochs": 3, "options": QUICK},
+    "castling, no auxiliary": {"method": "castling:auxiliary=0", "epochs": 3, "options": QUICK},
+    "castling, no warm start": {"method": "castling", "epochs": 3, "options": QUICK, "warm": False},
+    "castling, along the tokens": {"method": "castling:conv=tokens", "epochs": 3, "options": QUICK},
 }
 
 
@@ -100,6 +107,7 @@ def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> di
     train, val = data(args)
     lean = leanvit.slim(teacher, *methods, images=train)
     row: dict[str, Any] = {"method": str(lean.lean), "seed": seed}
+    row["top1_swapped_in"] = leanvit.evaluate(leanvit.deploy(lean), val, progress=False).top1
     start = time.perf_counter()
     if warm:
         leanvit.warm_start(lean, teacher, train, seed=seed)

@@ -21,6 +21,7 @@ from .explain import Explanation, explain
 from .export import export
 from .measure import compare, evaluate
 from .methods.adavit import AdaViT
+from .methods.castling import Castling
 from .methods.dgssa import DGSSA
 from .methods.glad import GLAD
 from .methods.merging import TokenMerging
@@ -37,6 +38,7 @@ __all__ = [
     "DGSSA",
     "GLAD",
     "AdaViT",
+    "Castling",
     "CheckpointError",
     "ConfigError",
     "Cost",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attended, attend
-from .errors import DeployError, InputSizeError, MethodError, RestoreError, UnsupportedModelError
+from .errors import ConfigError, DeployError, InputSizeError, MethodError, RestoreError, UnsupportedModelError
 from .ops.tokens import take
 from .record import recompute_like_now
 
@@ -40,8 +40,8 @@ class Tokens:
         size: ``(B, P + M)``, in fp32: how many patches each token stands for in attention, which merging keeps; None
             where each stands for one.
         positions: ``(B, M)``: the patch of the grid, counted row by row, at whose place each token stands, once some
-            were removed. None while all are there in order (`reduced` is false), and after they were merged or
-            aggregated, when they have no place.
+            were removed. None while all are there in order (`reduced` is false), after they were merged or aggregated,
+            when they have no place, and for images that are not of the grid's size.
         source: ``(B, M, h·w)``, the share of each patch of the grid in each token; rows sum to one. Kept only on
             request (`track`) and once tokens were reduced: inference has no use for it.
         removed: ``(B, h·w, C)``: what every patch was when tokens were last removed, for those that are in no token
@@ -158,6 +158,8 @@ class Tokens:
         if self.reduced:
             return self.positions
         batch, patches, _ = self.patches.shape
+        if patches != self.grid[0] * self.grid[1]:  # of a model that takes any size: their grid is not known
+            return None
         return torch.arange(patches, device=self.x.device).expand(batch, -1)
 
     def _tracked(self) -> Tensor:
@@ -440,10 +442,13 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
         force: Deploy although training has not finished what a method must finish first, which changes the outputs.
 
     Raises:
-        DeployError: The model is not lean, or a method is not ready.
+        DeployError: The model is not lean, or a method is not ready: it says by how much the outputs would change.
+        ConfigError: `force` is neither True nor False.
     """
     from .fast import speed_up
 
+    if not isinstance(force, bool):
+        raise ConfigError(f"deploy: force={force!r} is neither True nor False")
     info = _lean_info(model, DeployError)
     fast: Any = copy.deepcopy(model).eval()
     if info.deployed:
@@ -452,11 +457,34 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
         for module in block.lean_modules():
             reason = module.not_ready()
             if reason and not force:
-                raise DeployError(f"block {index} is not ready to deploy: {reason}; force=True deploys it all the same")
+                raise DeployError(
+                    f"block {index} is not ready to deploy: {reason}; {what_force_changes(model)}; "
+                    "train to the end, or deploy it all the same with force=True"
+                )
         block.deployed()
     speed_up(fast)
     fast.lean = replace(info, deployed=True)
     return fast.requires_grad_(False)
+
+
+@torch.no_grad()
+def what_force_changes(model: Any) -> str:
+    """What deploying a model before its training is over does to its outputs, measured on a few random images."""
+    from .count import evaluating, random_images
+    from .record import record
+
+    images = random_images(model, batch=8).to(next(model.parameters()))
+    with evaluating(model), record(*(kind for method in model.lean.methods for kind in method.loss_kinds)) as found:
+        logits = model(images)
+    metrics = [
+        f"{method.name} {name} {float(value):.2g}"
+        for method in model.lean.methods
+        for name, value in method.metrics(found).items()
+        if "." not in name
+    ]
+    change = (deploy(model, force=True)(images) - logits).std() / logits.std()
+    measured = f"on random images deploying it changes the logits by {float(change):.2g} of their spread"
+    return ", ".join([measured, *metrics])
 
 
 def restore(model: nn.Module) -> VisionTransformer:
@@ -517,7 +545,7 @@ def check_order(lean: LeanVisionTransformer) -> None:
             for need, what in NEEDS.items():
                 if getattr(module, need) and need in lost:
                     raise MethodError(
-                        f"{module.method}: block {index} needs {what}, but {lost[need]}; use blocks before that"
+                        f"{module.method}: block {index} needs {what}, but {lost[need]}; {module.instead}"
                     )
             if module.reduces_tokens:
                 where = "in" if module in block.reducers.values() else "before"

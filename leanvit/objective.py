@@ -90,7 +90,7 @@ class Objective(nn.Module):
         teacher_logits: Tensor | None = None,
         teacher_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss to minimise under ``"loss"`` and, detached, each weighted term of it under its own name.
+        """The loss to minimise under ``"loss"`` and, detached, each weighted term of it and each method's metrics.
 
         Args:
             images: ``(B, 3, H, W)``.
@@ -116,7 +116,9 @@ class Objective(nn.Module):
         for method in methods:
             terms |= {f"{method.name}_{name}": value for name, value in method.losses(recorded).items()}
         loss = torch.stack([term.float() for term in terms.values()]).sum()
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        for method in methods:
+            terms |= {f"{method.name}_{name}": value for name, value in method.metrics(recorded).items()}
+        return {"loss": loss, **{name: term.detach().float() for name, term in terms.items()}}
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

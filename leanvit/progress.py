@@ -39,7 +39,7 @@ class TrainingBar:
         parts = ", ".join(
             f"{name.removeprefix('train_')} {value:.3f}"
             for name, value in row.items()
-            if name.startswith("train_") and name != "train_loss"
+            if name.startswith("train_") and name != "train_loss" and "." not in name
         )
         top1 = f"  top-1 {row['val_top1']:.2f} %" if "val_top1" in row else ""
         speed = f"{row['images_per_second']:.0f} images/s"

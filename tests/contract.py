@@ -51,6 +51,10 @@ METHODS = [
     "sparsifiner:keep=0.15",
     "sparsifiner:keep=0.3,rho=4,layers=1,3,threshold=0.05+dgssa:layers=0,2",
     "sparsifiner:keep=0.3+pruning:at=1,2",
+    "castling:kernel=3",
+    "castling:layers=0,3,conv=tokens+glad:at=2+dgssa:layers=1",
+    "castling:layers=2,3,kernel=3+pruning:at=1",
+    "castling:layers=1,conv=tokens+merging:r=2",
 ]
 """Every method, alone and in company, with parameters that fit a model of four blocks."""
 
@@ -87,8 +91,8 @@ class Case:
     def methods(self) -> tuple[Method, ...]:
         return parse(self.method)
 
-    def vit(self) -> VisionTransformer:
-        return small_vit(**MODELS[self.model], **self.changes)
+    def vit(self, **changes: Any) -> VisionTransformer:
+        return small_vit(**(MODELS[self.model] | self.changes | changes))
 
     @property
     def starts_dense(self) -> bool:
@@ -113,6 +117,7 @@ CASES = [Case(method) for method in METHODS] + [
         "pruning:at=1,2",
         "merging:r=2",
         "sparsifiner:keep=0.3,layers=0,1,2+glad:at=3",
+        "castling:kernel=3",
     )
     for model in MODELS
     if model != "class token"

@@ -12,7 +12,7 @@ import leanvit
 from leanvit.methods import available, from_config, parse
 from leanvit.model import NEEDS
 
-from .contract import CASES, METHODS, Case, photos, small_vit
+from .contract import CASES, METHODS, SIZE, Case, photos, small_vit
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_method = pytest.mark.parametrize("case", [Case(method) for method in METHODS], ids=str)
@@ -71,7 +71,7 @@ def test_deployed_equals_trained(case):
 @each_case
 @torch.no_grad()
 def test_deployed_costs_less(case):
-    vit = case.vit()
+    vit = case.vit(img_size=2 * SIZE)  # attention that is linear in the tokens saves nothing for very few of them
     images = photos(vit)
     lean = case.at_work(leanvit.slim(vit, *case.methods()), images)
     assert leanvit.count(lean, images=images).macs < leanvit.count(vit).macs

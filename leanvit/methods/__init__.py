@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
-from .base import LeanModule, Method, Plan, Reducer
+from .base import LeanModule, Method, Plan, Reducer, index_range
 
 __all__ = ["LeanModule", "Method", "Plan", "Reducer", "available", "from_config", "parse", "register"]
 
@@ -84,10 +84,7 @@ def _parameter(method: str, piece: str) -> tuple[str, str]:
 def _value(text: str) -> Any:
     """A value of `--method` text: a list ``6,8,10`` or ``1-4``, a number, true or false, else the text itself."""
     if re.fullmatch(r"\d+-\d+", text):
-        first, last = map(int, text.split("-"))
-        if last < first:
-            raise ConfigError(f"{text!r} is an empty range; write the lower block first")
-        return tuple(range(first, last + 1))
+        return index_range(text)
     if "," in text:
         values = [_value(item) for item in text.split(",") if item]
         return tuple(item for value in values for item in (value if isinstance(value, tuple) else (value,)))
@@ -101,4 +98,4 @@ def _value(text: str) -> Any:
     return text
 
 
-from . import adavit, dgssa, glad, merging, pruning, sparsifiner  # noqa: E402, F401  (they register themselves)
+from . import adavit, castling, dgssa, glad, merging, pruning, sparsifiner  # noqa: E402, F401  (they register)

@@ -32,6 +32,8 @@ class LeanModule(nn.Module):
     """Whether it must know at which patch's place each token stands; some may be gone (`Tokens.positions`)."""
     needs_fixed_tokens: ClassVar[bool] = False
     """Whether the token at each index must come from the same patches in every image."""
+    instead: ClassVar[str] = "use blocks before that"
+    """What would do where the tokens that reach it do not have what it needs."""
     reduces_tokens: ClassVar[bool] = False
     """Whether fewer tokens leave it than enter it."""
     keeps_positions: ClassVar[bool] = False
@@ -121,7 +123,7 @@ class Method:
     data_dependent: ClassVar[bool] = False
     """Whether what the deployed form computes, and so its cost, depends on the image: there is no graph to export."""
     loss_kinds: ClassVar[tuple[str, ...]] = ()
-    """What `losses` reads from the recorder; nothing else is collected while training."""
+    """What `losses` and `metrics` read from the recorder; nothing else is collected while training."""
 
     def reductions(self, depth: int) -> tuple[int, ...]:
         """The blocks in front of or in which tokens are reduced, in a model of `depth`; needs resolved parameters."""
@@ -137,6 +139,13 @@ class Method:
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         """The method's own loss terms, weighted, from what its modules offered in a forward pass."""
+        return {}
+
+    def metrics(self, found: Recorder) -> dict[str, Tensor]:
+        """Figures, each one number, that show how training goes; the run's metrics hold their means over an epoch.
+
+        What has a dot in its name, such as ``"density.4"`` for block 4, is for the file and left out of the progress.
+        """
         return {}
 
     def set_progress(self, lean: LeanVisionTransformer, progress: float) -> None:
@@ -214,6 +223,31 @@ def grid_positions(grid: Grid) -> Tensor:
     """Centres of the patches of a grid, row by row: ``(h·w, 2)`` as (y, x), the longer side being 1."""
     y, x = ((torch.arange(count, dtype=torch.float64) + 0.5) / max(grid) for count in grid)
     return torch.cartesian_prod(y, x)
+
+
+def claim_attention(method: str, index: int, block: Any) -> Any:
+    """The attention of a block, for a method to put its own in its place.
+
+    Raises:
+        MethodError: Another method has put its own there.
+    """
+    if isinstance(block.attn, LeanModule):
+        raise MethodError(
+            f"{method}: the attention of block {index} is {block.attn.method}'s already; give each block to one of them"
+        )
+    return block.attn
+
+
+def index_range(text: str) -> tuple[int, ...]:
+    """``"4-11"`` as indices, the last one included.
+
+    Raises:
+        ConfigError: The range is empty.
+    """
+    first, last = map(int, text.split("-"))
+    if last < first:
+        raise ConfigError(f"{text!r} is an empty range; write the lower block first")
+    return tuple(range(first, last + 1))
 
 
 def block_indices(method: str, parameter: str, value: Any) -> tuple[int, ...] | str:

@@ -21,7 +21,7 @@ from ..errors import ConfigError, InputSizeError, MethodError
 from ..ops.static import resize_static, static_attention
 from ..record import Recorder, offer
 from . import register
-from .base import LeanModule, Method, Plan, auto_count, block_indices
+from .base import LeanModule, Method, Plan, auto_count, block_indices, claim_attention
 
 if TYPE_CHECKING:
     from ..model import Grid, LeanVisionTransformer
@@ -82,7 +82,8 @@ class DGSSA(Method):
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         tokens = lean.num_prefix_tokens + lean.blocks.grid[0] * lean.blocks.grid[1]
         for index in cast(tuple[int, ...], self.layers):
-            StaticAttention.adopt(lean.blocks[index].attn, index, tokens, lean.num_prefix_tokens, self)
+            attention = claim_attention(self.name, index, lean.blocks[index])
+            StaticAttention.adopt(attention, index, tokens, lean.num_prefix_tokens, self)
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         terms = [record.value for record in found["guidance"]]
