@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import leanvit
-from leanvit.bench import PRECISIONS
+from leanvit.engines import PRECISIONS
 from leanvit.data import open_data
 from leanvit.measure import environment
 from leanvit.methods import parse

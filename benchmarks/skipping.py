@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import leanvit
-from leanvit.bench import PRECISIONS, peak_memory, realised_share, take_turns
+from leanvit.bench import peak_memory, realised_share, take_turns
 from leanvit.count import constant_macs, image_macs
+from leanvit.engines import PRECISIONS
 from leanvit.measure import environment
 from leanvit.methods.adavit import Decisions, RandomDecisions
 from leanvit.report.tables import Row, Table
