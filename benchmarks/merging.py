@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import leanvit
-from leanvit.engines import PRECISIONS
 from leanvit.data import open_data
+from leanvit.engines import PRECISIONS
 from leanvit.measure import environment
 from leanvit.methods import parse
 from leanvit.report.tables import Row, Table

@@ -5,8 +5,8 @@
 
 Random weights and images: the cost of these methods depends on neither. AdaViT, whose cost does, is in `skipping.py`.
 ``dense, deployed`` is the dense model with no method but with the deployed form's kernels (`leanvit/fast.py`): what a
-method itself saves is the ratio to that row. ``dense, 160 px`` and the like are what a user would do without leanvit: the
-same model on smaller images.
+method itself saves is the ratio to that row. ``dense, 160 px`` and the like are what a user would do without leanvit:
+the same model on smaller images.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def main() -> None:
 
 
 def timed(
-    engine: str, precisions: tuple[str, ...], rows: tuple[str, ...] | None, sizes: tuple[int, ...], args: argparse.Namespace
+    engine: str,
+    precisions: tuple[str, ...],
+    rows: tuple[str, ...] | None,
+    sizes: tuple[int, ...],
+    args: argparse.Namespace,
 ) -> list[Row]:
     """Part of the grid: one engine, every model at each size that is asked for."""
     wanted = [precision for precision in precisions if precision in args.precision]
