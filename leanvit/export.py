@@ -23,9 +23,8 @@ from .count import deployed_form
 from .data import ImageSource, data_config, image_batches, known_classes
 from .engines import OnnxFile, OnnxRuntime, require
 from .errors import ConfigError, ExportError
-from .fast import FastAttention
 from .files import written_whole
-from .headwise import HeadwiseAttention
+from .headwise import for_graph
 from .methods import available
 from .model import LeanModel
 from .version import __version__
@@ -202,15 +201,6 @@ def sample_photos(model: nn.Module, count: int = CHECKED) -> Tensor:
         for photo in photos
     ]
     return torch.stack([transform(quarters[index % len(quarters)]) for index in range(count)])  # type: ignore[operator, arg-type]
-
-
-def for_graph(model: nn.Module) -> nn.Module:
-    """A copy of a deployed model in the form that engines run fastest; the same outputs."""
-    model = copy.deepcopy(model)
-    for block in model.blocks:  # type: ignore[union-attr]
-        if isinstance(block.attn, FastAttention):  # type: ignore[union-attr]
-            block.attn = HeadwiseAttention(block.attn)  # type: ignore[union-attr, arg-type]
-    return model
 
 
 # ---- formats

@@ -115,5 +115,5 @@ def test_partition_of_a_grid_that_divides_is_square():
 
 
 def test_aggregation_weights_sum_to_one():
-    weights = aggregation_weights(torch.randn(2, 9, 4))
+    weights = aggregation_weights(torch.randn(2, 9, 5), torch.randn(5, 4), torch.randn(9, 4))
     assert weights.shape == (2, 4, 9) and torch.allclose(weights.sum(-1), torch.ones(2, 4))

@@ -125,7 +125,7 @@ class Aggregation(LeanModule):
                 f"glad: block {self.layer} gets {patches.shape[1]} patch tokens and was made for {self.bias.shape[0]}; "
                 "call set_input_size() for another image size"
             )
-        weights = aggregation_weights(self.norm(patches) @ self.weight + self.bias)  # (B, M, N)
+        weights = aggregation_weights(self.norm(patches), self.weight, self.bias)  # (B, M, N)
         offer("aggregation", self.layer, lambda: weights)
         return tokens.aggregate(weights @ patches, weights)
 

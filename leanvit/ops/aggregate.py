@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 
-def aggregation_weights(scores: Tensor) -> Tensor:
-    """Softmax over the tokens: ``(B, N, M)`` scores to ``(B, M, N)`` weights, rows summing to one."""
-    return scores.transpose(1, 2).softmax(dim=-1)
+def aggregation_weights(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Softmax over the tokens of the scores ``x·W + b``: rows sum to one.
+
+    Args:
+        x: Tokens, normalised, ``(B, N, C)``.
+        weight: W, ``(C, M)``.
+        bias: b, ``(N, M)``.
+
+    Returns:
+        ``(B, M, N)``.
+    """
+    if torch.compiler.is_exporting():  # an engine would copy the scores to transpose them; it transposes factors free
+        return (weight.t() @ x.transpose(1, 2) + bias.t()).softmax(dim=-1)
+    return (x @ weight + bias).transpose(1, 2).softmax(dim=-1)
 
 
 def partition(positions: Tensor, cells: int) -> Tensor:
