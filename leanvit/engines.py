@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .model import LeanModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions that torch casts weights and images to."""
@@ -42,6 +43,11 @@ class Engine(ABC):
     def held(self) -> list[Tensor]:
         """The model's tensors, where they are torch's."""
         return []
+
+    @classmethod
+    def takes(cls, model: nn.Module) -> bool:
+        """Whether it can run a model: one that needs a graph cannot run what depends on the image."""
+        return True
 
     @abstractmethod
     def __init__(self, model: nn.Module, precision: str, threads: int, device: torch.device) -> None: ...
@@ -107,7 +113,15 @@ class OnnxFile:
         return torch.from_numpy(logits)
 
 
-class OnnxRuntime(Engine):
+class GraphEngine(Engine):
+    """An engine that runs an exported graph, the same for every image."""
+
+    @classmethod
+    def takes(cls, model: nn.Module) -> bool:
+        return not (isinstance(model, LeanModel) and any(method.data_dependent for method in model.lean.methods))
+
+
+class OnnxRuntime(GraphEngine):
     """onnxruntime's CPU provider, with the file that `leanvit.export` writes.
 
     In int8, weights are quantised per channel when the file is made, activations per tensor as they come (dynamic
@@ -128,7 +142,7 @@ class OnnxRuntime(Engine):
         return self.run(images)
 
 
-class OpenVino(Engine):
+class OpenVino(GraphEngine):
     """OpenVINO's CPU plugin, with the file that `leanvit.export` writes; in bf16 it is told to infer in that."""
 
     name = "openvino"

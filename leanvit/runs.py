@@ -130,6 +130,27 @@ class RunFolder:
             raise ConfigError(f"{self.path} cannot be resumed with other settings: {'; '.join(differing)}")
 
 
+def unfinished(path: str | os.PathLike[str]) -> str:
+    """Why a folder holds no finished run and no saved model; empty where it holds one.
+
+    A run is finished when it has as many epochs as its settings ask for; a saved model has no epochs to lack.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return "there is no such folder"
+    if not any((folder / "config.json").is_file() for folder in (path, path / "best", path / "last")):
+        return "it holds no model"
+    if not (path / "args.yaml").is_file():
+        return ""
+    try:
+        epochs = yaml.safe_load((path / "args.yaml").read_text())["epochs"]
+        with (path / "metrics.csv").open(newline="") as file:
+            done = sum(1 for _ in csv.DictReader(file))
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        return f"its args.yaml or metrics.csv cannot be read ({type(error).__name__})"
+    return f"{done} of {epochs} epochs are done" if done < epochs else ""
+
+
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

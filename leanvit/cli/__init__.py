@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import demo, doctor, exporting, measuring, reporting, training  # noqa: F401  (each registers its commands)
+from . import comparing, demo, doctor, exporting, measuring, reporting, training  # noqa: F401  (each registers its commands)
 from .app import app, main
 
 __all__ = ["app", "main"]

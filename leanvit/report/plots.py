@@ -20,6 +20,7 @@ from .tables import Row, read_csv
 
 # Okabe and Ito's colours, told apart by colour-blind readers; black is the dense model's.
 DENSE, LEAN, FRONTIER = "#000000", "#0072B2", "#D55E00"
+LESS_IS_BETTER = ("infer_gmacs", "param_count")
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 # Where a label may stand: to which side of its mark, and how far from it in points; close by first.
@@ -39,17 +40,17 @@ def pareto(
     y: str = "top1",
     title: str = "",
 ) -> None:
-    """Draw accuracy against measured throughput: the dense model marked, a line through what nothing beats in
-    both.
+    """Draw accuracy against measured throughput or another column: the dense model marked, a line through what
+    nothing beats in both.
 
-    Rows that were measured at different points (precision, batch size) get a panel each: they are not to be
-    compared.
+    Rows that were measured at different points (engine, precision, batch size) get a panel each: they are not to be
+    compared. What is counted and not timed, such as MACs, is the same at each: one panel, each model once.
 
     Args:
         rows: As `leanvit.compare` gives them; of each, `model` is the label, and `method` "dense" marks the
             dense model.
         path: The picture, ``.png``, ``.svg`` or ``.pdf``.
-        x: Column along, better to the right.
+        x: Column along; of MACs and parameters less is better, of all others more.
         y: Column up, better above.
         title: What stands above.
 
@@ -60,14 +61,18 @@ def pareto(
     if not usable:
         raise ConfigError(f"no row has both {x} and {y} to draw")
 
-    def point(row: Row) -> tuple[str, int]:
-        return str(row.get("precision", "")), int(row.get("infer_batch_size") or 0)
+    def point(row: Row) -> tuple[str, str, int]:
+        return str(row.get("engine", "")), str(row.get("precision", "")), int(row.get("infer_batch_size") or 0)
 
+    if x in LESS_IS_BETTER:
+        first = point(usable[0])
+        usable = [row for row in usable if point(row) == first]
     panels = [list(group) for _, group in groupby(sorted(usable, key=point), key=point)]
     figure = _figure(len(panels), title)
     for axes, panel in zip(figure.axes, panels, strict=True):
         _pareto_panel(axes, panel, x, y)
-        axes.set_title(point_name(panel[0]), fontsize=10, loc="left", color="0.3")
+        name = "" if x in LESS_IS_BETTER else point_name(panel[0])
+        axes.set_title(name, fontsize=10, loc="left", color="0.3")
     figure.axes[0].set_ylabel(_AXES.get(y, y))
     # Names go where there is room, which is known once everything else has its place.
     figure.canvas.draw()
@@ -110,6 +115,7 @@ def training_curves(csv: str | Path, path: str | Path) -> None:
 
 _AXES = {
     "infer_samples_per_sec": "throughput, images/s",
+    "infer_gmacs": "GMACs an image",
     "top1": "top-1 accuracy, %",
     "speedup": "speed against dense",
 }
@@ -118,11 +124,12 @@ _CURVES = {"loss": "loss", "top1": "accuracy, %"}
 
 def frontier(rows: Sequence[Row], x: str, y: str) -> list[Row]:
     """The rows that no other row equals or beats in both columns, by rising `x`."""
+    worse = 1 if x in LESS_IS_BETTER else -1
     best: list[Row] = []
-    for row in sorted(rows, key=lambda row: (-row[x], -row[y])):
+    for row in sorted(rows, key=lambda row: (worse * row[x], -row[y])):
         if not best or row[y] > best[-1][y]:
             best.append(row)
-    return best[::-1]
+    return sorted(best, key=lambda row: row[x])
 
 
 def _pareto_panel(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
@@ -182,6 +189,7 @@ def _around(centre: np.ndarray, distance: float) -> Bbox:
 def point_name(row: Row) -> str:
     """The point of measurement of a row, for people."""
     parts = [
+        str(row.get("engine") or ""),
         str(row.get("precision") or ""),
         f"batch {row['infer_batch_size']}" if row.get("infer_batch_size") else "",
         f"{row['infer_img_size']} px" if row.get("infer_img_size") else "",
