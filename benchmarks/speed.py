@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import leanvit
+from leanvit.engines import ENGINES
 from leanvit.measure import environment
 from leanvit.methods import available, parse
 from leanvit.report.tables import Row, Table
@@ -82,7 +83,7 @@ def timed(
             models = {
                 name: model
                 for name, model in at_size(size).items()
-                if (rows is None or name in rows) and (engine == "torch" or has_graph(model))
+                if (rows is None or name in rows) and ENGINES[engine].takes(model)
             }
             options = {"precisions": wanted, "threads": args.threads, "device": args.device}
             found += leanvit.bench(models, engines=(engine,), batch_sizes=POINTS[size], **options)
@@ -97,11 +98,6 @@ def at_size(size: int) -> dict[str, nn.Module]:
     models |= {f"dense, {smaller} px": timm.create_model(MODEL, img_size=smaller).eval() for smaller in SMALLER[size]}
     known = [text for text in METHODS if text.partition(":")[0] in available()]
     return models | {text: leanvit.slim(vit, *parse(text)) for text in known}
-
-
-def has_graph(model: nn.Module) -> bool:
-    """Whether other engines can run it."""
-    return not any(method.data_dependent for method in getattr(getattr(model, "lean", None), "methods", ()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .methods import Method
 from .model import LeanModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -118,7 +119,7 @@ class GraphEngine(Engine):
 
     @classmethod
     def takes(cls, model: nn.Module) -> bool:
-        return not (isinstance(model, LeanModel) and any(method.data_dependent for method in model.lean.methods))
+        return not isinstance(model, LeanModel) or all(map(has_graph, model.lean.methods))
 
 
 class OnnxRuntime(GraphEngine):
@@ -165,6 +166,11 @@ class OpenVino(GraphEngine):
     def __call__(self, images: Tensor) -> Tensor:
         (logits,) = self.request.infer([images.numpy()], share_inputs=True).values()
         return torch.from_numpy(logits)
+
+
+def has_graph(method: Method | type[Method]) -> bool:
+    """Whether an exported graph runs a method as its deployed form does."""
+    return not method.data_dependent and not method.no_graph
 
 
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Torch, Compiled, OnnxRuntime, OpenVino)}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .count import deployed_form
 from .data import ImageSource, data_config, image_batches, known_classes
-from .engines import OnnxFile, OnnxRuntime, require
+from .engines import OnnxFile, OnnxRuntime, has_graph, require
 from .errors import ConfigError, ExportError
 from .files import written_whole
 from .headwise import for_graph
@@ -148,17 +148,18 @@ def export(
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Refuse a model whose methods have no graph that is the same for every image.
+    """Refuse a model that an exported graph could not run as the deployed form does.
 
     Raises:
-        ExportError: By name, with what can be exported.
+        ExportError: By name of the method, with what can be exported.
     """
     for method in model.lean.methods if isinstance(model, LeanModel) else ():
-        if method.data_dependent:
-            fixed = ", ".join(name for name, kind in available().items() if not kind.data_dependent)
+        if not has_graph(method):
+            fixed = ", ".join(name for name, kind in available().items() if has_graph(kind))
+            reason = method.no_graph or "it computes something else for every image, and a graph is the same for all"
             raise ExportError(
-                f"{method.name} computes something else for every image, and an exported graph is the same for all: "
-                f"run it in torch (leanvit.load, leanvit.deploy), or export a model of {fixed}"
+                f"{method.name} is not exported: {reason}; run it in torch (leanvit.load, leanvit.deploy), or export a "
+                f"model of {fixed}"
             )
 
 

@@ -15,6 +15,7 @@ from .count import deployed_form
 from .data import open_data
 from .engines import ENGINES, PRECISIONS, check_engines
 from .measure import evaluate
+from .model import LeanModel
 from .report.plots import pareto as draw
 from .report.tables import Row, Table
 
@@ -68,7 +69,11 @@ def measure(
             top1[name, precision] = evaluate(ready, images, workers=workers, progress=progress).row()
     for engine in engines:
         taken = {name: model for name, model in models.items() if ENGINES[engine].takes(model)}
-        needs_images = any(not ENGINES["onnxruntime"].takes(model) for model in taken.values())
+        needs_images = any(
+            method.data_dependent
+            for model in taken.values()
+            for method in (model.lean.methods if isinstance(model, LeanModel) else ())
+        )
         rows += bench(
             taken,
             images=data if needs_images else None,

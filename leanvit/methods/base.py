@@ -122,6 +122,8 @@ class Method:
     """Whether fewer tokens leave some block than enter it."""
     data_dependent: ClassVar[bool] = False
     """Whether what the deployed form computes, and so its cost, depends on the image: there is no graph to export."""
+    no_graph: ClassVar[str] = ""
+    """Of other methods, why an exported graph would not skip what the deployed form skips; empty where it does."""
     loss_kinds: ClassVar[tuple[str, ...]] = ()
     """What `losses` and `metrics` read from the recorder; nothing else is collected while training."""
 

@@ -48,6 +48,7 @@ class Sparsifiner(Method):
     """
 
     name: ClassVar[str] = "sparsifiner"
+    no_graph: ClassVar[str] = "engines have no attention to chosen keys: it would be dense attention behind a mask"
     loss_kinds: ClassVar[tuple[str, ...]] = ("reconstruction",)
 
     keep: float = 0.25
