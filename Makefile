@@ -28,9 +28,10 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-# The speed table of docs/results. The accuracy tables need weights and photos: see docs/measuring.md.
+# The speed tables of docs/results. The accuracy tables need weights and photos: see docs/measuring.md.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+	$(BIN)/python benchmarks/skipping.py
 
 venv: $(STAMP)
 

@@ -44,7 +44,7 @@ GRID = {
     "onnxruntime": (("fp32",), None, tuple(POINTS)),
     "openvino": (("fp32", "bf16"), FEW, (224,)),
     "onnxruntime, int8": (("int8",), FEW, (224,)),
-    "compile": (("fp32", "bf16"), FEW, (224,)),
+    "compile": (("fp32", "bf16"), FEW[:2], (224,)),
 }
 """What is timed: the engine and, behind a comma, what is special; precisions, rows (all when None), image sizes."""
 
