@@ -21,8 +21,9 @@ help:
 demo: $(STAMP)
 	$(BIN)/python -m leanvit demo $(ARGS)
 
+# Several processes of one thread each: the models of the tests are too small for more.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
