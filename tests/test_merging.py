@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import leanvit
 from leanvit.methods import parse
-from leanvit.ops.merge import match, merge, merge_reference, merge_weights
+from leanvit.ops import merge as ops
+from leanvit.ops.merge import match, merge, merge_reference
 
 from .contract import photos, small_vit
 
@@ -52,20 +52,47 @@ def test_parameters_that_do_not_fit_the_model(text, message):
         leanvit.slim(small_vit(), *parse(text))
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(
     ("tokens", "prefix", "r"), [(17, 1, 3), (17, 1, 8), (16, 0, 8), (19, 0, 4), (22, 5, 6), (6, 2, 1)]
 )
-def test_merging_equals_its_definition(tokens, prefix, r):
+def test_merging_equals_its_definition(tokens, prefix, r, kernel, monkeypatch):
+    monkeypatch.setattr(ops, "_takes_kernel", lambda x: kernel)
     torch.manual_seed(tokens + r)
     x, keys = torch.randn(3, tokens, 8), torch.randn(3, 2, tokens, 4)
     size = torch.randint(1, 6, (3, tokens)).float()
-    matching = match(keys, r, prefix)
-    own, received, sizes = merge_weights(matching, size)
+    matching = match(keys, size, r, prefix)
     wanted, wanted_sizes = merge_reference(x, size, keys, r, prefix)
-    assert torch.allclose(merge(x, matching, own, received), wanted, atol=1e-5)
-    assert torch.equal(sizes, wanted_sizes)
-    assert torch.equal(sizes.sum(1), size.sum(1))
-    assert torch.equal(merge(x, matching, own, received)[:, :prefix], x[:, :prefix])
+    assert torch.allclose(merge(x, matching), wanted, atol=1e-5)
+    assert torch.equal(matching.size, wanted_sizes)
+    assert torch.equal(matching.size.sum(1), size.sum(1))
+    assert torch.equal(merge(x, matching)[:, :prefix], x[:, :prefix])
+    assert torch.allclose(merge(x.bfloat16(), matching).float(), wanted, atol=3e-2)
+
+
+def test_kernels_and_torch_merge_alike(monkeypatch):
+    keys, x = torch.randn(3, 3, 197, 64), torch.randn(3, 197, 192)
+    size = torch.randint(1, 6, (3, 197)).float()
+    fast = match(keys, size, 16, 1)
+    merged, half = merge(x, fast), merge(x.bfloat16(), fast)
+    monkeypatch.setattr(ops, "_takes_kernel", lambda x: False)
+    plain = match(keys, size, 16, 1)
+    for one, other in zip(fast, plain, strict=True):
+        assert torch.allclose(torch.as_tensor(one), torch.as_tensor(other))
+    assert torch.allclose(merged, merge(x, plain), atol=1e-6)
+    exact = merge(x.bfloat16().float(), plain)
+    assert torch.allclose(half.float(), exact, rtol=1.01 * 2**-8, atol=1e-6)  # rounded once
+
+
+def test_equal_tokens_are_merged_once(monkeypatch):
+    """A blank image: every pair is as similar as any other, and r of them merge all the same."""
+    x, keys, size = torch.ones(1, 17, 8), torch.ones(1, 3, 17, 4), torch.ones(1, 17)
+    for kernel in (True, False):
+        monkeypatch.setattr(ops, "_takes_kernel", lambda x, kernel=kernel: kernel)
+        for blank in (keys, 0 * keys):
+            matching = match(blank, size, 5, 1)
+            assert matching.gone.unique().numel() == 5 and matching.size.sum() == 17
+            assert torch.allclose(merge(x, matching), torch.ones(1, 12, 8))
 
 
 @torch.no_grad()
@@ -148,9 +175,8 @@ def test_real_photos_get_the_logits_of_the_plain_model(shared_data):
 
 
 @torch.no_grad()
-def test_half_precision_merges_the_same_tokens_where_keys_differ():
+def test_half_precision_compares_in_full_precision():
     torch.manual_seed(0)
     keys = torch.randn(4, 3, 17, 16)
-    half = match(keys.bfloat16(), 4, 1)
-    assert torch.equal(half.gone, match(keys.bfloat16().float(), 4, 1).gone)
-    assert F.cosine_similarity(keys, keys.bfloat16().float(), dim=-1).min() > 0.99
+    half, size = keys.bfloat16(), torch.ones(4, 17)
+    assert torch.equal(match(half, size, 4, 1).gone, match(half.float(), size, 4, 1).gone)

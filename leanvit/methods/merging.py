@@ -5,7 +5,6 @@ Source: ToMe (Bolya et al., 2023, arXiv 2210.09461).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Self, cast
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..attention import Attended
 from ..errors import ConfigError, MethodError
-from ..ops.merge import match, merge, merge_weights
+from ..ops.merge import match, merge
 from . import register
 from .base import Method, Plan, Reducer, check_shares
 
@@ -123,10 +122,8 @@ class Merging(Reducer):
         if size is None:
             size = torch.ones(tokens.x.shape[:2], device=tokens.x.device)
         with torch.no_grad():
-            matching = match(cast(Tensor, attended.k), r, tokens.prefix)
-            own, received, size = merge_weights(matching, size)
-        reduce: Callable[[Tensor], Tensor] = partial(merge, matching=matching, own=own, received=received)
-        return tokens.merge(reduce, size)
+            matching = match(cast(Tensor, attended.k), size, r, tokens.prefix)
+        return tokens.merge(partial(merge, matching=matching), matching.size)
 
     def __repr__(self) -> str:
         return f"merging {self.amount} tokens" if self.amount >= 1 else f"merging {self.amount:.1%} of tokens"

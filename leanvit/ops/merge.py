@@ -11,77 +11,113 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import needs_gradient
 from .tokens import take
 
 
 class Matching(NamedTuple):
-    """Which tokens go into which. Patch tokens at even indices may go, those at odd indices receive.
+    """Which tokens go into which. Patch tokens at even indices may go, the R ones at odd indices receive.
 
     Args:
         kept: Tokens that neither go nor receive: the prefix, then the even ones that stay, in order,
             ``(B, P + E - r)``.
         gone: Tokens that go into another, ``(B, r)``.
         into: Which of the receiving tokens each goes into, counted among these, ``(B, r)``.
-        receiving: The R tokens that receive.
+        own: What each receiving token counts in the mean that it becomes, ``(B, R)``.
+        given: What each that goes counts in it, ``(B, r)``.
+        size: How many patches each token stands for after merging, ``(B, N - r)``: those kept, those that receive.
+        receiving: The first token that receives.
     """
 
     kept: Tensor
     gone: Tensor
     into: Tensor
-    receiving: slice
+    own: Tensor
+    given: Tensor
+    size: Tensor
+    receiving: int
 
 
-def match(keys: Tensor, r: int, prefix: int) -> Matching:
+def match(keys: Tensor, size: Tensor, r: int, prefix: int) -> Matching:
     """Match each even patch token with the odd one whose key is most similar, and take the r most similar pairs.
 
     Args:
         keys: ``(B, H, P + M, d)``; compared by the cosine of their means over heads.
+        size: How many patches each token stands for, ``(B, P + M)``, in fp32.
         r: How many tokens go, at most M // 2.
         prefix: P: the first tokens neither go nor receive.
     """
-    keys = F.normalize(keys.mean(dim=1, dtype=torch.float32), dim=-1)  # (B, N, d)
+    keys = keys.mean(dim=1, dtype=torch.float32)  # (B, N, d)
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first of each
-    receiving = slice(odd, None, 2)
-    similarity, into = (keys[:, even::2] @ keys[:, receiving].transpose(1, 2)).max(dim=-1)  # (B, E)
+    if _takes_kernel(keys):
+        return _match_by_kernel(keys, keys[:, even::2] @ keys[:, odd::2].transpose(1, 2), size, r, prefix)
+    keys = F.normalize(keys, dim=-1)
+    similarity, into = (keys[:, even::2] @ keys[:, odd::2].transpose(1, 2)).max(dim=-1)  # (B, E)
     order = similarity.argsort(dim=-1, descending=True)
     gone, staying = order[:, :r], order[:, r:].sort(dim=-1).values
+    into, gone = into.gather(1, gone), even + 2 * gone
     first = torch.arange(prefix, device=keys.device).expand(keys.shape[0], -1)
     kept = torch.cat([first, even + 2 * staying], dim=1)
-    return Matching(kept, even + 2 * gone, into.gather(1, gone), receiving)
+    own, given = size[:, odd::2], size.gather(1, gone)
+    total = own + (_one_hot(into, own.shape[1]) * given.unsqueeze(1)).sum(dim=-1)
+    sizes = torch.cat([size.gather(1, kept), total], dim=1)
+    return Matching(kept, gone, into, own / total, given / total.gather(1, into), sizes, odd)
 
 
-def merge_weights(matching: Matching, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What each token counts in the means, and how many patches each stands for then.
-
-    Args:
-        matching: Which tokens go into which.
-        size: How many patches each token stands for, ``(B, N)``.
-
-    Returns:
-        Weights of the tokens that receive, ``(B, R)``, and of those that go, ``(B, R, r)``, which sum to one for each
-        that receives; sizes of the tokens after merging, ``(B, N - r)``.
-    """
-    own = size[:, matching.receiving]  # (B, R)
-    given = matching.into.unsqueeze(1) == torch.arange(own.shape[1], device=size.device).unsqueeze(1)  # (B, R, r)
-    received = given * size.gather(1, matching.gone).unsqueeze(1)
-    total = own + received.sum(dim=-1)
-    sizes = torch.cat([size.gather(1, matching.kept), total], dim=1)
-    return own / total, received / total.unsqueeze(-1), sizes
-
-
-def merge(values: Tensor, matching: Matching, own: Tensor, received: Tensor) -> Tensor:
-    """Merge tokens: first those that stay as they are, then those that receive. No scatter: engines have products.
+def merge(values: Tensor, matching: Matching) -> Tensor:
+    """Merge tokens: those kept as they are, then those that receive, as means. No scatter: engines have products.
 
     Args:
         values: ``(B, N, D)``.
-        matching, own, received: As `match` and `merge_weights` give them.
+        matching: As `match` gives it.
 
     Returns:
         ``(B, N - r, D)``.
     """
-    base = values[:, matching.receiving] * own.to(values.dtype).unsqueeze(-1)
-    merged = torch.baddbmm(base, received.to(values.dtype), take(values, matching.gone))
+    if _takes_kernel(values):
+        return _merge_by_kernel(values, matching)
+    own, given = (weights.to(values.dtype) for weights in (matching.own, matching.given))
+    received = _one_hot(matching.into, own.shape[1]) * given.unsqueeze(1)  # (B, R, r)
+    base = values[:, matching.receiving :: 2] * own.unsqueeze(-1)
+    merged = torch.baddbmm(base, received, take(values, matching.gone))
     return torch.cat([take(values, matching.kept), merged], dim=1)
+
+
+def _one_hot(into: Tensor, count: int) -> Tensor:
+    """Whether each token goes into each that receives: ``(B, r)`` → ``(B, R, r)``."""
+    return into.unsqueeze(1) == torch.arange(count, device=into.device).unsqueeze(1)
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not x.is_cpu or needs_gradient(x):
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16)
+
+
+def _match_by_kernel(keys: Tensor, products: Tensor, size: Tensor, r: int, prefix: int) -> Matching:
+    from .merge_kernel import choose
+
+    batch, evens, odds = products.shape
+    kept, gone, into = (torch.empty(batch, count, dtype=torch.int64) for count in (prefix + evens - r, r, r))
+    own, given, sizes = (torch.empty(batch, count) for count in (odds, r, keys.shape[1] - r))
+    matching = Matching(kept, gone, into, own, given, sizes, prefix + 1 - prefix % 2)
+    inputs = (tensor.detach().contiguous().numpy() for tensor in (products, keys, size))
+    choose(*inputs, r, prefix, *(tensor.numpy() for tensor in matching[:6]))
+    return matching
+
+
+def _merge_by_kernel(values: Tensor, matching: Matching) -> Tensor:
+    from .merge_kernel import mix, mix_bf16
+
+    batch, tokens, width = values.shape
+    out = torch.empty(batch, tokens - matching.gone.shape[1], width, dtype=values.dtype)
+    weights = (tensor.numpy() for tensor in matching[:5])
+    if values.dtype is torch.float32:
+        mix(values.detach().contiguous().numpy(), *weights, matching.receiving, out.numpy())
+    else:  # numpy has no bf16: the kernel is given its bits
+        bits = values.detach().contiguous().view(torch.uint16)
+        mix_bf16(bits.numpy(), *weights, matching.receiving, out.view(torch.uint16).numpy())
+    return out
 
 
 def merge_reference(x: Tensor, size: Tensor, keys: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
