@@ -84,6 +84,14 @@ def test_kernels_and_torch_merge_alike(monkeypatch):
     assert torch.allclose(half.float(), exact, rtol=1.01 * 2**-8, atol=1e-6)  # rounded once
 
 
+def test_autocast_and_missing_numbers_do_no_harm():
+    keys, size = torch.randn(2, 3, 17, 4), torch.ones(2, 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert match(keys, size, 4, 1).size.sum() == 34
+    matching = match(torch.full_like(keys, float("nan")), size, 4, 1)
+    assert all(gone.unique().numel() == 4 for gone in matching.gone) and matching.size.sum() == 34
+
+
 def test_equal_tokens_are_merged_once(monkeypatch):
     """A blank image: every pair is as similar as any other, and r of them merge all the same."""
     x, keys, size = torch.ones(1, 17, 8), torch.ones(1, 3, 17, 4), torch.ones(1, 17)

@@ -50,7 +50,8 @@ def match(keys: Tensor, size: Tensor, r: int, prefix: int) -> Matching:
     keys = keys.mean(dim=1, dtype=torch.float32)  # (B, N, d)
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first of each
     if _takes_kernel(keys):
-        return _match_by_kernel(keys, keys[:, even::2] @ keys[:, odd::2].transpose(1, 2), size, r, prefix)
+        products = (keys[:, even::2] @ keys[:, odd::2].transpose(1, 2)).float()  # autocast makes them bf16
+        return _match_by_kernel(keys, products, size, r, prefix)
     keys = F.normalize(keys, dim=-1)
     similarity, into = (keys[:, even::2] @ keys[:, odd::2].transpose(1, 2)).max(dim=-1)  # (B, E)
     order = similarity.argsort(dim=-1, descending=True)

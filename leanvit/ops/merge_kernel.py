@@ -16,7 +16,11 @@ Indices = NDArray[np.int64]
 Bits = NDArray[np.uint16]
 
 
-_compiled: Any = njit(cache=True, fastmath=True, error_model="numpy")
+def _compiled(function: Any) -> Any:
+    try:
+        return njit(cache=True, fastmath=True, error_model="numpy")(function)
+    except RuntimeError:  # nowhere to write a cache
+        return njit(fastmath=True, error_model="numpy")(function)
 
 
 @_compiled
