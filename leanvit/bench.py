@@ -130,7 +130,7 @@ def take_turns(
         warmup: Rounds before those, not counted.
     """
     times: list[list[float]] = [[] for _ in runs]
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for _ in range(warmup):
             for run in runs:
                 run()
@@ -307,12 +307,14 @@ def _threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
+def no_garbage_collection() -> Iterator[None]:
+    """Collect garbage now and not until the end; inside another such block, nothing more happens."""
+    if not gc.isenabled():
+        yield
+        return
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()

@@ -280,6 +280,7 @@ class Explainer:
         self.query = _query(query, self.grid)
         self.crop = {} if crop_pct is None else {"crop_pct": crop_pct}
         self.rounds = rounds
+        self.constant_macs: dict[str, float] = {}
 
     def __call__(self, image: Photo, *, name: str = "", label: int | None = None) -> Explanation:
         """Explain a photo.
@@ -321,11 +322,20 @@ class Explainer:
                 model=name,
                 method=str(getattr(model, "lean", "dense")),
                 top=self._top(scores),
-                macs=count(model, images=inputs[name]).macs,
+                macs=self._macs(name, model, inputs[name]),
                 seconds=statistics.median(seconds),
             )
             for (name, model), scores, seconds in zip(self.models.items(), logits, times, strict=True)
         )
+
+    def _macs(self, name: str, model: nn.Module, image: Tensor) -> float:
+        """Counted on each photo only where a method's cost depends on it."""
+        methods = model.lean.methods if isinstance(model, LeanModel) else ()
+        if any(method.data_dependent for method in methods):
+            return count(model, images=image).macs
+        if name not in self.constant_macs:
+            self.constant_macs[name] = count(model, images=image).macs
+        return self.constant_macs[name]
 
     def _top(self, logits: Tensor) -> tuple[Prediction, ...]:
         probabilities, classes = logits.float().softmax(dim=0).topk(min(5, len(logits)))

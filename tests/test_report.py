@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -497,3 +498,10 @@ class TestCommands:
         (tmp_path / "file").write_text("")
         result = self.run("report", runs[1], "--output", tmp_path / "file" / "report.html")
         assert result.exit_code == 2 and "cannot be written" in " ".join(result.output.split())
+
+
+def test_the_package_carries_what_the_page_is_made_of() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    (pattern,) = [one for one in project["tool"]["setuptools"]["package-data"]["leanvit"] if "page" in one]
+    package = Path(leanvit.__file__).parent
+    assert {file.suffix for file in package.glob(pattern)} >= {".html", ".css", ".js"}

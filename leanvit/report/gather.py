@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import Subset
 
-from ..bench import bench
+from ..bench import bench, no_garbage_collection
 from ..count import Cost, count, deployed_form
 from ..data import ImageData, open_data, report_damage
 from ..errors import ConfigError, DataError, LeanVitError
@@ -119,12 +119,12 @@ def galleries(
     }
     found: dict[str, list[Explanation]] = {name: [] for name in lean}
     steps = [(name, index) for index in chosen for name in lean]
-    for name, index in track(
-        steps, "explaining photos", console=Console(stderr=True), transient=True, disable=not progress
-    ):
-        photo, label = data.picture(index)
-        title = Path(data.reader.filename(index)).name
-        found[name].append(explainers[name](photo, name=title, label=label))
+    shown = track(steps, "explaining photos", console=Console(stderr=True), transient=True, disable=not progress)
+    with no_garbage_collection():  # once, not before each timing
+        for name, index in shown:
+            photo, label = data.picture(index)
+            title = Path(data.reader.filename(index)).name
+            found[name].append(explainers[name](photo, name=title, label=label))
     return found
 
 

@@ -124,17 +124,21 @@ def write(page: Page, path: str | Path, *, overwrite: bool = False) -> Path:
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    data = gallery(page.galleries) if page.galleries else None
+    head = headline(page)
+    first = head.model if head else ""
+    galleries = dict(sorted(page.galleries.items(), key=lambda item: item[0] != first))  # the one spoken of comes first
+    data = gallery(galleries) if galleries else None
     return _template().render(
         page=page,
-        head=headline(page),
-        ignores=ignored(page.galleries),
+        head=head,
+        galleries=galleries,
+        ignores=ignored(galleries),
         scatters=scatters(page.rows),
         table_columns=_varying(columns(page.rows)),
         everywhere=_constant(columns(page.rows)),
         costs=cost_charts(page.costs),
         curves=[(f"{run}: {what}", chart) for run, rows in page.curves.items() for what, chart in curve_charts(rows)],
-        photos=photo_cells(page.galleries),
+        photos=photo_cells(galleries),
         data=None if data is None else Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
         surest=DENSE if any(row["model"] == DENSE and "top1" in row for row in page.rows) else "lean",
         quarters={name: columns(rows) for name, rows in page.difficulty.items()},
@@ -335,10 +339,12 @@ def photo_cells(galleries: Mapping[str, Sequence[Explanation]]) -> list[dict[str
     cells = []
     for photos in zip(*galleries.values(), strict=True):
         first = photos[0]
-        said = [(DENSE, first.dense.top[0])] if first.dense else []
-        said += [(name, one.lean.top[0]) for name, one in zip(names, photos, strict=True)]
-        all_right = all(best.name == first.label for _, best in said)
-        cells.append({"name": first.name, "label": first.label, "said": said, "all_right": all_right})
+        best = {DENSE: first.dense.top[0]} if first.dense else {}
+        best |= {name: one.lean.top[0] for name, one in zip(names, photos, strict=True)}
+        said: dict[str, list[str]] = {}
+        for name, prediction in best.items():
+            said.setdefault(prediction.name, []).append(f"{name} {prediction.probability:.0%}")
+        cells.append({"name": first.name, "label": first.label, "said": said})
     return cells
 
 
