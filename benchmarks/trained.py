@@ -46,7 +46,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "budgets": (0.7, 0.5, 0.35),
     },
     "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 4},
-    "castling": {"method": "castling", "epochs": 10, "options": QUICK},
+    "castling": {"method": "castling", "epochs": 6, "options": QUICK},
     "castling, short": {"method": "castling", "epochs": 3, "options": QUICK},
     "castling, no auxiliary": {"method": "castling:auxiliary=0", "epochs": 3, "options": QUICK},
     "castling, no warm start": {"method": "castling", "epochs": 3, "options": QUICK, "warm": False},

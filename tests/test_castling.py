@@ -37,6 +37,7 @@ UNFIT = [
     ("castling:layers=4", "castling: block 4 does not exist"),
     ("castling:kernel=3+dgssa:layers=1", "dgssa: the attention of block 1 is castling's already"),
     ("dgssa:layers=1+castling:kernel=3", "castling: the attention of block 1 is dgssa's already; give each block"),
+    ("castling:kernel=3+sparsifiner:layers=2,keep=0.5", "sparsifiner: the attention of block 2 is castling's already"),
     ("castling:kernel=3+glad:at=2", "block 2 needs to know the place of each token, but glad .*or conv=tokens"),
 ]
 
@@ -187,17 +188,39 @@ def test_only_what_inference_needs_is_left():
     assert trained - deployed == {f"blocks.{index}.attn.epsilon" for index in range(4)}
 
 
-def test_the_gain_starts_at_the_length_of_the_dense_output():
+@pytest.mark.parametrize("conv", ["grid", "tokens"])
+@torch.no_grad()
+def test_the_start_is_the_least_squares_fit(conv):
+    """Neither another gain nor other filters come nearer to the dense heads."""
     vit = small_vit()
-    images = photos(vit, 8)
-    lean = leanvit.slim(vit, leanvit.Castling(layers=(1,), kernel=3))
+    images = photos(vit, 32)
+    lean = leanvit.slim(vit, leanvit.Castling(layers=(0,), conv=conv, kernel=3))
     leanvit.warm_start(lean, vit, images, steps=0, progress=False)
-    x = vit.blocks[1].norm1(vit.blocks[0](vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))))
-    heads = []
-    vit.blocks[1].attn.proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
-    vit.blocks[1].attn(x)
-    lengths = heads[0].unflatten(-1, (3, 16)).norm(dim=-1).mean(dim=(0, 1))
-    assert torch.allclose(lean.blocks[1].attn.gain, lengths, rtol=1e-4)
+    attention = lean.blocks[0].attn
+    x = vit.blocks[0].norm1(vit.norm_pre(vit._pos_embed(vit.patch_embed(images))))
+    wanted = heads(vit.blocks[0].attn, lambda: vit.blocks[0].attn(x))
+    tokens = leanvit.Tokens(x, 1, (4, 4))
+
+    def error():
+        return float((heads(attention, lambda: attention.attend(x, tokens)) - wanted).square().mean())
+
+    fitted = error()
+    assert fitted < 0.5 * float(wanted.var())
+    for parameter in (attention.gain, attention.conv.weight):
+        kept = parameter.clone()
+        for _ in range(10):
+            parameter.copy_(kept + 0.03 * torch.randn_like(kept))
+            assert error() > fitted
+        parameter.copy_(kept)
+
+
+def heads(attention, run):
+    """What comes to the projection of an attention when it runs."""
+    seen = []
+    handle = attention.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    run()
+    handle.remove()
+    return seen[0]
 
 
 def test_weights_run_at_any_size():

@@ -7,7 +7,7 @@ the dense model's statistics are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -18,17 +18,20 @@ from torch import Tensor, nn
 from ..analysis import attention_map
 from ..attention import Attended, project
 from ..errors import ConfigError, InputSizeError, MethodError
+from ..model import Tokens
 from ..ops.angular import angular_map, linear_angular
-from ..ops.depthwise import convolve_grid, convolve_tokens
+from ..ops.depthwise import add_convolved, convolve_tokens
 from ..record import Recorder, offer
 from . import register
 from .base import LeanModule, Method, Plan, block_indices, claim_attention, index_range
 
 if TYPE_CHECKING:
-    from ..model import Grid, LeanVisionTransformer, Tokens
+    from ..model import Grid, LeanVisionTransformer
 
 KERNELS = {"grid": 5, "tokens": 9}
 """The forms of the convolution, and the taps of each along an axis when nothing else is asked for."""
+RIDGE = 1e-4
+"""Of the start by least squares: what is added to the squares, as a share of them."""
 
 
 @register
@@ -99,7 +102,8 @@ class Castling(Method):
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         for index in self.blocks(len(lean.blocks)):
-            CastlingAttention.adopt(claim_attention(self.name, index, lean.blocks[index]), index, self)
+            attention = claim_attention(self.name, index, lean.blocks[index])
+            CastlingAttention.adopt(attention, index, lean.num_prefix_tokens, lean.blocks.grid, self)
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         terms = [record.value for record in found["auxiliary"]]
@@ -156,24 +160,26 @@ class CastlingAttention(LeanModule, AngularAttention):
     instead: ClassVar[str] = "use blocks before that, or conv=tokens"
 
     config: Castling
+    prefix: int
+    grid: Grid
     epsilon: Tensor
 
     @classmethod
-    def adopt(cls, attention: Any, layer: int, config: Castling) -> None:
-        """Turn a timm attention into a linear one in place; of unit gain until it is warm-started."""
+    def adopt(cls, attention: Any, layer: int, prefix: int, grid: Grid, config: Castling) -> None:
+        """Turn a timm attention into a linear one in place; of unit gain, without local part, until warm-started."""
         heads, width, weight = attention.num_heads, attention.attn_dim, attention.qkv.weight
         if width % heads:
             raise MethodError(
                 f"castling: block {layer} has {heads} heads for a width of {width}, which they do not divide"
             )
         attention.__class__ = cls
-        attention.layer, attention.config = layer, config
+        attention.layer, attention.prefix, attention.grid, attention.config = layer, prefix, grid, config
         attention.register_buffer("epsilon", torch.ones((), device=weight.device))
         attention.gain = nn.Parameter(weight.new_ones(heads))
         attention.conv = CONVOLUTIONS[config.conv](heads, config.kernel, layer).to(weight)
 
     def original(self) -> None:
-        del self.gain, self.conv, self.epsilon, self.layer, self.config
+        del self.gain, self.conv, self.epsilon, self.layer, self.prefix, self.grid, self.config
         self.__class__ = Attention  # type: ignore[assignment]
 
     @property
@@ -206,15 +212,26 @@ class CastlingAttention(LeanModule, AngularAttention):
 
     @torch.no_grad()
     def start(self, dense: Any, inputs: Iterable[Tensor]) -> None:
-        """The gain starts as the length of the dense layer's output, mean over tokens and images."""
-        total, count = torch.zeros_like(self.gain, dtype=torch.float32), 0
+        """Gain and filters start as those that come nearest to the dense layer's heads, by least squares.
+
+        A head's output is linear in both: its gain times the normalised output, and each tap times the values shifted.
+        """
+        taps = self.conv.weight[0].numel()
+        gram = self.gain.new_zeros(self.num_heads, 1 + taps, 1 + taps, dtype=torch.float64)
+        moment = gram.new_zeros(self.num_heads, 1 + taps, 1)
         for x in inputs:
             normed = dense.norm1(x)
-            v = dense.attn.qkv(normed).chunk(3, dim=-1)[2].unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            lengths = (attention_map(dense.attn, normed) @ v).norm(dim=-1)  # (B, H, N)
-            total += lengths.float().sum(dim=(0, 2))
-            count += lengths.shape[0] * lengths.shape[2]
-        self.gain.copy_(total / count)
+            q, k, v = dense.attn.qkv(normed).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            wanted = (attention_map(dense.attn, normed) @ v).transpose(1, 2)  # (B, N, H, d)
+            normalised = linear_angular(self.q_norm(q), self.k_norm(k), v, torch.ones_like(self.gain))
+            shifted = self.conv.each_tap(v.transpose(1, 2).flatten(2), Tokens(x, self.prefix, self.grid))
+            terms = torch.stack([normalised, *shifted]).unflatten(-1, (self.num_heads, -1))  # (1 + taps, B, N, H, d)
+            gram += torch.einsum("sbnhd,tbnhd->hst", terms, terms)
+            moment += torch.einsum("sbnhd,bnhd->hs", terms, wanted).unsqueeze(-1)
+        gram += RIDGE * torch.diag_embed(gram.diagonal(dim1=1, dim2=2) + 1e-12)
+        fitted = torch.linalg.solve(gram, moment).squeeze(-1).to(self.gain)
+        self.gain.copy_(fitted[:, 0])
+        self.conv.weight.copy_(fitted[:, 1:].view_as(self.conv.weight))
 
     def set_progress(self, progress: float) -> None:
         self.epsilon.fill_(self.config.threshold_at(progress))
@@ -224,12 +241,17 @@ class CastlingAttention(LeanModule, AngularAttention):
         return f"softmax attention above {epsilon:.3g} is still added" if epsilon < 1 else ""
 
     def deployed(self) -> nn.Module:
-        del self.epsilon, self.config
+        self.conv.spread(self.head_dim)
+        del self.epsilon, self.prefix, self.grid, self.config
         self.__class__ = AngularAttention  # type: ignore[assignment]
         return self
 
     def check_grid(self, grid: Grid) -> None:
         self.conv.check_grid(grid)
+
+    def resize(self, old: Grid, new: Grid, positions: Tensor) -> Tensor:
+        self.grid = new
+        return positions
 
 
 class Convolution(nn.Module):
@@ -245,8 +267,22 @@ class Convolution(nn.Module):
     def check_grid(self, grid: Grid) -> None:
         """Refuse a patch grid that the kernel does not fit."""
 
+    def spread(self, channels: int) -> None:
+        """Repeat each head's filter for all its channels, which every call of the convolution would do else."""
+        self.weight = nn.Parameter(self.weight.detach().repeat_interleave(channels, dim=0))
+
+    def each_tap(self, v: Tensor, tokens: Tokens) -> Iterator[Tensor]:
+        """What the convolution gives where one tap is one and all others are zero, tap by tap."""
+        for tap in range(self.weight[0].numel()):
+            weight = torch.zeros_like(self.weight)
+            weight.flatten(1)[:, tap] = 1
+            yield self.add(torch.zeros_like(v), v, weight, tokens)
+
     def forward(self, mixed: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
-        """``mixed + dwconv(V)``, all ``(B, N, C)``."""
+        return self.add(mixed, v, self.weight, tokens)
+
+    def add(self, mixed: Tensor, v: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
+        """``mixed + dwconv(V)``, all ``(B, N, C)``; `mixed` may be used up."""
         raise NotImplementedError
 
 
@@ -256,8 +292,8 @@ class TokenConvolution(Convolution):
     def __init__(self, heads: int, kernel: int, layer: int) -> None:
         super().__init__(heads, kernel, layer=layer)
 
-    def forward(self, mixed: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
-        return mixed + convolve_tokens(v, self.weight)
+    def add(self, mixed: Tensor, v: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
+        return mixed + convolve_tokens(v, weight)
 
     def __repr__(self) -> str:
         return f"{self.weight.shape[-1]}×1 convolution along the tokens"
@@ -266,8 +302,8 @@ class TokenConvolution(Convolution):
 class GridConvolution(Convolution):
     """Over the patch grid; the places of patches that were removed count as zero.
 
-    Prefix tokens have no neighbours, and so meet the middle of the kernel alone. Left as they are they would swamp the
-    normalised output beside them, whose scale is the gain's: the warm start then ends 10 points lower.
+    Prefix tokens have no neighbours: the middle of the kernel alone meets them. Passed through as they are they swamp
+    what is beside them, and the warm start ends 10 points of accuracy lower.
     """
 
     needs_positions: ClassVar[bool] = True
@@ -278,23 +314,19 @@ class GridConvolution(Convolution):
     def check_grid(self, grid: Grid) -> None:
         check_kernel(self.weight.shape[-1], grid)
 
-    def forward(self, mixed: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
-        prefix, kernel, (height, width) = tokens.prefix, self.weight.shape[-1], tokens.grid
-        patches = v[:, prefix:]
-        if tokens.positions is None and (tokens.reduced or patches.shape[1] != height * width):
+    def add(self, mixed: Tensor, v: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
+        prefix, patches, (height, width) = tokens.prefix, v.shape[1] - tokens.prefix, tokens.grid
+        if tokens.positions is None and (tokens.reduced or patches != height * width):
             raise InputSizeError(
-                f"castling: block {self.layer} gets {patches.shape[1]} patch tokens and knows a grid of "
-                f"{height}×{width}; call set_input_size() for another image size"
+                f"castling: block {self.layer} gets {patches} patch tokens and knows a grid of {height}×{width}; "
+                "call set_input_size() for another image size"
             )
         if tokens.positions is None:
-            local = convolve_grid(patches, self.weight, tokens.grid)
-        else:
-            places = tokens.positions.unsqueeze(-1).expand_as(patches)
-            full = patches.new_zeros(patches.shape[0], height * width, patches.shape[2]).scatter(1, places, patches)
-            local = convolve_grid(full, self.weight, tokens.grid).gather(1, places)
-        middle = self.weight[:, kernel // 2, kernel // 2]
-        alone = v[:, :prefix] * middle.repeat_interleave(v.shape[-1] // middle.shape[0])
-        return mixed + torch.cat([alone, local], dim=1)
+            return add_convolved(mixed, v, weight, prefix, tokens.grid)
+        order = torch.arange(prefix, device=v.device).expand(v.shape[0], -1)
+        places = torch.cat([order, tokens.positions + prefix], dim=1).unsqueeze(-1).expand_as(v)  # (B, P + M, C)
+        full = v.new_zeros(v.shape[0], prefix + height * width, v.shape[2]).scatter(1, places, v)
+        return mixed + add_convolved(torch.zeros_like(full), full, weight, prefix, tokens.grid).gather(1, places)
 
     def __repr__(self) -> str:
         return f"{self.weight.shape[-1]}×{self.weight.shape[-1]} convolution on the grid"

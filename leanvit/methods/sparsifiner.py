@@ -22,7 +22,7 @@ from ..ops.aggregate import partition
 from ..ops.sparse import Packed, Predictor, coefficients, connections, pack, sparse_attention, takes_kernel
 from ..record import Recorder, offer
 from . import register
-from .base import LeanModule, Method, Plan, block_indices, grid_positions
+from .base import LeanModule, Method, Plan, block_indices, claim_attention, grid_positions
 
 if TYPE_CHECKING:
     from ..model import Grid, LeanVisionTransformer, Tokens
@@ -80,7 +80,8 @@ class Sparsifiner(Method):
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         for index in cast(tuple[int, ...], self.layers):
-            SparseAttention.adopt(lean.blocks[index].attn, index, lean.blocks.grid, lean.num_prefix_tokens, self)
+            attention = claim_attention(self.name, index, lean.blocks[index])
+            SparseAttention.adopt(attention, index, lean.blocks.grid, lean.num_prefix_tokens, self)
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         terms = [record.value for record in found["reconstruction"]]

@@ -18,14 +18,16 @@ SHORTEST = 1e-6
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors of length one along the last axis; their length is worked out in fp32 at least."""
-    return x / length(x).to(x.dtype)
+    """Vectors of length one along the last axis."""
+    return x / length(x)
 
 
 def length(x: Tensor) -> Tensor:
-    """Length along the last axis, kept as one entry and never zero: ``(…, d)`` → ``(…, 1)``, in fp32 at least."""
-    precise = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise).clamp_min(SHORTEST)
+    """Length along the last axis, kept as one entry and never zero: ``(…, d)`` → ``(…, 1)``.
+
+    In half precision torch adds up in fp32 and rounds the result; told to give fp32, it first makes a copy of its input.
+    """
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)
 
 
 def angular_map(q: Tensor, k: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def _in_few_passes(q: Tensor, k: Tensor, v: Tensor, gain: Tensor) -> Tensor:
         some_q, some_k, some_v, place = (tensor.select(across, index) for tensor in (q, k, v, places))
         scale = gain[index] if across else gain[:, None, None]
         mixed = _half_pi_times_formula(some_q, some_k, some_v)
-        torch.mul(mixed, scale / length(mixed).to(mixed.dtype), out=place)
+        torch.mul(mixed, scale / length(mixed), out=place)
     return out.flatten(2)
 
 
@@ -104,5 +106,5 @@ def _half_pi_times_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = unit(q)
     if q.shape[-2] < q.shape[-1]:
         return torch.baddbmm(v, q @ unit(k).transpose(-2, -1), v, beta=math.pi / 2)
-    summary = k.transpose(-2, -1) @ (v / length(k).to(v.dtype))  # (…, d, d)
+    summary = k.transpose(-2, -1) @ (v / length(k))  # (…, d, d)
     return torch.baddbmm(v, q, summary, beta=math.pi / 2)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import needs_gradient
+
 
 def convolve_reference(image: Tensor, weight: Tensor) -> Tensor:
     """`convolve` by its formula: shifted images, weighted and added up, zero outside."""
@@ -37,6 +39,30 @@ def convolve(image: Tensor, weight: Tensor) -> Tensor:
     # Channels last is how tokens lie in memory, and what the CPU's kernel is fastest on.
     out = F.conv2d(image.permute(0, 3, 1, 2), weight.unsqueeze(1), padding=(rows // 2, columns // 2), groups=channels)
     return out.permute(0, 2, 3, 1)
+
+
+def add_convolved(mixed: Tensor, v: Tensor, weight: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """``mixed + dwconv(v)`` over the patch grid; a prefix token has no neighbours and meets a filter's middle alone.
+
+    Args:
+        mixed: ``(B, P + h·w, C)``; where nothing is differentiated, the result is written into it.
+        v: ``(B, P + h·w, C)``, the patches in order.
+        weight: ``(F, k, k)``.
+        prefix: P.
+        grid: h and w.
+
+    Returns:
+        ``(B, P + h·w, C)``.
+    """
+    middle = weight[:, weight.shape[1] // 2, weight.shape[2] // 2]  # (F,)
+    if len(middle) < v.shape[-1]:
+        middle = middle.repeat_interleave(v.shape[-1] // len(middle))
+    alone, local = v[:, :prefix] * middle, convolve_grid(v[:, prefix:], weight, grid)
+    if needs_gradient(mixed, v, weight) or torch.compiler.is_compiling():
+        return mixed + torch.cat([alone, local], dim=1)
+    mixed[:, :prefix] += alone
+    mixed[:, prefix:] += local
+    return mixed
 
 
 def convolve_tokens(v: Tensor, weight: Tensor) -> Tensor:
