@@ -25,7 +25,7 @@ def unit(x: Tensor) -> Tensor:
 def length(x: Tensor) -> Tensor:
     """Length along the last axis, kept as one entry and never zero: ``(…, d)`` → ``(…, 1)``.
 
-    In half precision torch adds up in fp32 and rounds the result; told to give fp32, it first makes a copy of its input.
+    In half precision torch adds up in fp32 and rounds the result; told to give fp32, it copies its input first.
     """
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)
 

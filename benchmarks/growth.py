@@ -1,0 +1,83 @@
+"""How time and memory grow with the input, against the dense DeiT-T in the same run, turn by turn.
+
+    python benchmarks/growth.py --method castling
+
+Random weights and images: the cost of the methods named must not depend on the image.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import timm
+import torch
+
+import leanvit
+from leanvit.files import written_whole
+from leanvit.measure import environment
+from leanvit.methods import parse
+from leanvit.report.tables import Row, Table
+
+SIZES = (224, 384, 512, 768, 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="*", default=["castling"], help="as `leanvit slim --method` takes them")
+    parser.add_argument("--img-size", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--iterations", type=int, help="rounds at each point; about ten seconds' worth when not given")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/growth"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/growth.png"))
+    args = parser.parse_args()
+    rows = [row for size in args.img_size for row in at_size(size, args)]
+    table = Table(rows, title="DeiT-T, deployed forms against dense")
+    print(table)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(args.output.with_suffix(".csv"))
+    table.to_json(args.output.with_suffix(".json"), environment=environment())
+    draw(rows, args.plot)
+
+
+def at_size(size: int, args: argparse.Namespace) -> list[Row]:
+    """Every model at one input size."""
+    torch.manual_seed(0)
+    vit = timm.create_model("deit_tiny_patch16_224", img_size=size).eval()
+    models = {"dense": vit, "dense, deployed": leanvit.slim(vit)}
+    models |= {text: leanvit.slim(vit, *parse(text)) for text in args.method}
+    options: dict[str, Any] = {"precisions": args.precision, "threads": args.threads, "iterations": args.iterations}
+    rows = leanvit.bench(models, batch_sizes=(args.batch_size,), **options)
+    return [{**row, "trained": False} for row in rows]
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Time and peak memory an image over the number of tokens, both axes logarithmic."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    for axis, key, label in zip(
+        axes, ("infer_step_time", "peak_memory_mb"), ("time of a batch, ms", "peak memory, MB"), strict=True
+    ):
+        for colour, name in enumerate(names):
+            for precision, style in zip(precisions, ("-o", "--s", ":^"), strict=False):
+                points = [row for row in rows if (row["model"], row["precision"]) == (name, precision)]
+                sizes, values = [row["infer_img_size"] for row in points], [row[key] for row in points]
+                axis.plot(sizes, values, style, color=f"C{colour}", label=f"{name}, {precision}", markersize=4)
+        axis.set(xscale="log", yscale="log", xlabel="side of the image, px", ylabel=label)
+        sides = sorted({row["infer_img_size"] for row in rows})
+        axis.set_xticks(sides, [str(side) for side in sides])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
