@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from .count import deployed_form
+from .count import deployed_form, input_size
 from .data import ImageSource, data_config, image_batches, known_classes
 from .engines import OnnxFile, OnnxRuntime, has_graph, require
-from .errors import ConfigError, ExportError
+from .errors import ConfigError, ExportError, UnsupportedModelError
 from .files import written_whole
 from .headwise import for_graph
 from .methods import available
@@ -123,16 +124,21 @@ def export(
     Raises:
         ConfigError: A parameter is out of range, the file exists or cannot be written, or a package is missing.
         ExportError: The model has no graph to export, or the outputs of the file differ from torch's.
+        UnsupportedModelError: The model is no Vision Transformer.
+        InputSizeError: The model does not take images of this size.
     """
     path = Path(path).expanduser()
     kind = _format(path, format)
-    axes = Axes(dynamic_batch, dynamic_size, model.patch_embed.patch_size)  # type: ignore[union-attr, arg-type]
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported; timm's VisionTransformer is")
+    axes = Axes(dynamic_batch, dynamic_size, model.patch_embed.patch_size)
     check_exportable(model)
     _check(model, path, kind, opset, axes, batch_size, overwrite)
     if isinstance(model, LeanModel) and not model.lean.deployed:
         warnings.warn("the model is not deployed; its deployed form is exported", stacklevel=2)
     model = copy.deepcopy(deployed_form(model)).cpu().eval().requires_grad_(False)
     photos = torch.cat(list(image_batches(sample_photos(model) if images is None else images, model, CHECKED, CHECKED)))
+    input_size(model, (photos.shape[-2], photos.shape[-1]))
     with written_whole(path) as part, torch.no_grad():
         with _explained(axes):
             # Of a batch of one, torch would freeze the batch size.

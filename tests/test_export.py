@@ -169,6 +169,13 @@ def test_bad_input(message, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder.onnx"]
 
 
+def test_another_kind_of_model_and_images_of_another_size(tmp_path):
+    with pytest.raises(leanvit.UnsupportedModelError, match="Linear is not supported"):
+        leanvit.export(torch.nn.Linear(1, 1), tmp_path / "x.onnx")
+    with pytest.raises(leanvit.InputSizeError, match="48x48 does not fit a model made for 32x32"):
+        leanvit.export(small_vit(), tmp_path / "x.onnx", images=torch.zeros(1, 3, 48, 48))
+
+
 def test_a_size_that_a_method_fixes(tmp_path):
     model = leanvit.slim(small_vit(dynamic_img_size=True), leanvit.GLAD(at=2))
     with pytest.raises(leanvit.ExportError, match=r"dynamic size: glad:at=2 is made for one image size"):
