@@ -43,11 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--runs", type=Path, help="Folder of trained students.")
+    parser.add_argument("--method", nargs="*", default=list(METHODS), help="Off the shelf.")
     parser.add_argument("--output", type=Path, default=Path("docs/results/precision"))
     args = parser.parse_args()
     vit = resolve_model("deit_tiny_patch16_224", checkpoint=args.data_dir / "deit_tiny_patch16_224.safetensors")
     rows: list[Row] = []
-    for text in METHODS:
+    for text in args.method:
         if not text or all(name.partition(":")[0] in available() for name in text.split("+")):
             model = off_the_shelf(vit, text, args.data_dir / "imagenette-train.tar")
             rows += in_both(text or "dense, deployed", model, args.data_dir / "imagenet-500.tar", trained=False)
