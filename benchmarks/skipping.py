@@ -2,8 +2,9 @@
 
     python benchmarks/skipping.py
 
-DeiT-T at 224 px with random weights. Every batch gets new random policies, drawn with the given shares of patches,
-heads and sub-layers, so that no two batches have the same shapes. MACs are those of the very policies that were timed.
+DeiT-T at 224 px with random weights. Every batch gets new random policies, drawn beforehand with the given shares of
+patches, heads and sub-layers, so no two batches have the same shapes. MACs are those of the very policies that were
+timed. At batch 1 a turn is eight images, one after another.
 ``realised_share`` is the time saved over the MACs saved against timm's dense model; ``realised_share_kernels`` the same
 against ``dense, deployed``, the dense model with the deployed form's kernels and no method.
 """
@@ -11,6 +12,7 @@ against ``dense, deployed``, the dense model with the deployed form's kernels an
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,9 @@ from leanvit.report.tables import Row, Table
 
 USAGES = {"all on": (1.0, 1.0, 1.0), "0.7/0.7/0.65": (0.7, 0.7, 0.65), "0.5/0.5/0.5": (0.5, 0.5, 0.5)}
 """Shares of patches, heads and sub-layers that are used."""
-ROUNDS = {1: 200, 32: 20}
-WARMUP = {1: 40, 32: 4}
+ROUNDS, WARMUP = {1: 30, 32: 20}, {1: 6, 32: 4}
+STREAM = {1: 8, 32: 1}
+"""Batches one after another in a turn."""
 
 
 def main() -> None:
@@ -57,13 +60,15 @@ def at(precision: str, batch: int) -> list[Row]:
     dense_macs = leanvit.count(vit).macs
     models = {"dense": vit, "dense, deployed": leanvit.deploy(leanvit.slim(vit))}
     models |= {name: random_policies(vit, usage) for name, usage in USAGES.items()}
-    runs = {name: Drawn(model.to(dtype).requires_grad_(False), images) for name, model in models.items()}
-    rounds, warmup = ROUNDS.get(batch, 20), WARMUP.get(batch, 4)
-    seconds = take_turns(list(runs.values()), iterations=rounds, warmup=warmup)
-    times = {name: trimmed_mean(own) for name, own in zip(runs, seconds, strict=True)}
+    rounds, warmup, stream = ROUNDS[batch], WARMUP[batch], STREAM[batch]
+    calls = (rounds + warmup) * stream
+    runs = {name: Drawn(model.to(dtype).requires_grad_(False), images, calls) for name, model in models.items()}
+    seconds = take_turns([partial(run.stream, stream) for run in runs.values()], iterations=rounds, warmup=warmup)
+    times = {name: trimmed_mean(own) / stream for name, own in zip(runs, seconds, strict=True)}
+    constant = constant_macs(leanvit.deploy(leanvit.slim(vit, leanvit.AdaViT())))
     rows: list[Row] = []
     for name, run in runs.items():
-        macs = run.macs(range(warmup, warmup + rounds)) if name in USAGES else dense_macs
+        macs = run.macs(range(warmup * stream, (warmup + rounds) * stream), constant) if name in USAGES else dense_macs
         rows.append(
             {
                 "model": name,
@@ -90,8 +95,27 @@ def random_policies(vit: nn.Module, usage: tuple[float, float, float]) -> nn.Mod
     generator = torch.Generator()
     for module in model.modules():
         if isinstance(module, Decisions):
-            RandomDecisions.adopt(module, usage, generator)
+            DrawnBefore.adopt(module, usage, generator)
     return model
+
+
+class DrawnBefore(RandomDecisions):
+    """Random decisions that were drawn before the clock started; the decision network runs on the clock."""
+
+    def draw_all(self, batch: int, calls: int) -> None:
+        """Draw what the next calls will decide."""
+        counts = (196, self.heads, 2)
+        self.ready = [
+            [rate - torch.rand(batch, count, generator=self.generator) for rate, count in zip(self.rates, counts)]
+            for _ in range(calls)
+        ]
+        self.call = 0
+
+    def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        Decisions.logits(self, x, prefix)
+        self.call += 1
+        patches, heads, sublayers = self.ready[self.call - 1]
+        return patches, heads, sublayers
 
 
 def trimmed_mean(seconds: list[float]) -> float:
@@ -102,31 +126,43 @@ def trimmed_mean(seconds: list[float]) -> float:
 
 
 class Drawn:
-    """Runs a model on a batch, with new policies at each call where it draws any."""
+    """Runs a model on a batch, with new policies at each call where it draws any.
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self.model, self.images, self.calls = model, images, 0
-        drawing = [module for module in model.modules() if isinstance(module, RandomDecisions)]
-        self.generator = drawing[0].generator if drawing else torch.Generator()
+    Args:
+        model: Deployed.
+        images: The batch.
+        calls: How many calls will come.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, calls: int) -> None:
+        self.model, self.images, self.calls = model, images, calls
+        self.drawing = [module for module in model.modules() if isinstance(module, DrawnBefore)]
+        for module in self.drawing:
+            module.generator.manual_seed(module.layer)
+            module.draw_all(len(images), calls)
 
     @torch.inference_mode()
-    def __call__(self) -> None:
-        self.generator.manual_seed(self.calls)
-        self.model(self.images)
-        self.calls += 1
+    def stream(self, batches: int = 1) -> None:
+        """Run so many batches, one after another."""
+        for _ in range(batches):
+            self.model(self.images)
 
-    def macs(self, calls: range) -> float:
+    def macs(self, calls: range, constant: float) -> float:
         """Mean MACs of an image over the policies of some calls."""
-        constant, costs = constant_macs(self.model), []
-        for self.calls in calls:
+        costs = []
+        for module in self.drawing:
+            module.call = calls.start
+        for _ in calls:
             with leanvit.record("macs") as found:
-                self()
+                self.stream()
             costs.append(image_macs(found, constant))
         return float(torch.cat(costs).mean())
 
     def peak_memory(self) -> int:
+        for module in self.drawing:
+            module.call = 0
         held = [*self.model.parameters(), *self.model.buffers(), self.images]
-        return sum(tensor.nbytes for tensor in held) + peak_memory(self)
+        return sum(tensor.nbytes for tensor in held) + peak_memory(self.stream)
 
 
 if __name__ == "__main__":

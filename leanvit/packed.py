@@ -31,32 +31,37 @@ class Policy:
 
     Args:
         keep: Tokens, ``(B, N)`` bool.
-        heads: Attention heads, ``(B, H)`` bool.
-        sublayers: Attention and MLP, ``(B, 2)`` bool.
+        heads: The attention heads that each image uses.
+        sublayers: Whether each image runs the attention, and the MLP.
     """
 
     keep: Tensor
-    heads: Tensor
-    sublayers: Tensor
+    heads: Sequence[Heads]
+    sublayers: Sequence[Sequence[bool]]
 
     @cached_property
     def lengths(self) -> list[int]:
         """How many tokens of each image take part."""
         return self.keep.sum(dim=1).tolist()
 
-    @cached_property
-    def used_heads(self) -> list[Heads]:
-        """The heads that each image uses."""
-        return [tuple(head for head, used in enumerate(row) if used) for row in self.heads.tolist()]
+    def running(self, sublayer: int) -> list[int]:
+        """The images that the attention (0) or the MLP (1) runs for."""
+        return [image for image, row in enumerate(self.sublayers) if row[sublayer] and self.lengths[image]]
 
-    @cached_property
-    def running(self) -> tuple[list[int], list[int]]:
-        """The images that attention runs for, and those that the MLP runs for."""
-        rows = self.sublayers.tolist()
-        attention, mlp = (
-            [image for image, row in enumerate(rows) if row[which] and self.lengths[image]] for which in (0, 1)
-        )
-        return attention, mlp
+    def whole(self, images: Sequence[int]) -> bool:
+        """Whether these are all images in order, and all of their tokens take part."""
+        batch, tokens = self.keep.shape
+        return len(images) == batch and min(self.lengths) == tokens
+
+    def offer(self, layer: int, prefix: int, heads: int) -> None:
+        """Offer to the recorder which patches ``(B, M)``, heads ``(B, H)`` and sub-layers ``(B, 2)`` are used."""
+        offer("patch_usage", layer, lambda: self.keep[:, prefix:].float())
+        offer("head_usage", layer, lambda: self._table(heads))
+        offer("sublayer_usage", layer, lambda: torch.tensor(self.sublayers, device=self.keep.device).float())
+
+    def _table(self, heads: int) -> Tensor:
+        rows = [[float(head in some) for head in range(heads)] for some in self.heads]
+        return torch.tensor(rows, device=self.keep.device)
 
 
 class PackedBlock(LeanBlock):
@@ -70,20 +75,23 @@ class PackedBlock(LeanBlock):
             tokens = stage(tokens)
         normed = self.norm1(tokens.x)
         policy: Policy = self.decide.policy(normed, tokens.prefix)
-        self.decide.offer_usage(policy.keep[:, tokens.prefix :], policy.heads, policy.sublayers)
+        policy.offer(self.decide.layer, tokens.prefix, self.decide.heads)
         offer("macs", self.decide.layer, lambda: self.macs(policy, tokens.prefix))
-        x = tokens.x.flatten(0, 1).clone()  # (B·N, C)
-        self._attend(x, normed.flatten(0, 1), policy)
-        self._transform(x, policy)
+        x = tokens.x.flatten(0, 1)  # (B·N, C)
+        x = self._attend(x, normed.flatten(0, 1), policy)
+        x = self._transform(x, policy)
         return tokens.with_x(x.view_as(tokens.x))
 
-    def _attend(self, x: Tensor, normed: Tensor, policy: Policy) -> None:
-        """Attention, added to `x` in place; images that use the same heads go together."""
-        heads, lengths = policy.used_heads, policy.lengths
-        images = sorted(policy.running[0], key=lambda image: (heads[image], lengths[image]))
+    def _attend(self, x: Tensor, normed: Tensor, policy: Policy) -> Tensor:
+        """Attention, added to the tokens that take part; images that use the same heads go together."""
+        heads, lengths = policy.heads, policy.lengths
+        images = sorted(policy.running(0), key=lambda image: (heads[image], lengths[image]))
         groups = [(used, [lengths[image] for image in some]) for used, some in groupby(images, lambda i: heads[i])]
         if not groups:
-            return
+            return x
+        if len(groups) == 1 and policy.whole(images):
+            return self.attn(normed, x, *groups[0], policy.keep.shape[1])
+        x = x.clone()
         ends = list(accumulate(sum(some) for _, some in groups))
         rows = packed_rows(policy.keep, images)
         # Products take a few rows more than a group has: they are the next group's, and their results are dropped.
@@ -93,28 +101,33 @@ class PackedBlock(LeanBlock):
         for end, (used, some) in zip(ends, groups, strict=True):
             start = end - sum(some)
             part = slice(start, start + rounded_up(sum(some)))
-            mixed = self.attn(inputs[part], residual[part], used, some)
+            mixed = self.attn(inputs[part], residual[part], used, some, policy.keep.shape[1])
             x.index_copy_(0, rows[start:end], mixed[: end - start])
+        return x
 
-    def _transform(self, x: Tensor, policy: Policy) -> None:
-        """The MLP, added to `x` in place."""
-        images = policy.running[1]
+    def _transform(self, x: Tensor, policy: Policy) -> Tensor:
+        """The MLP, added to the tokens that take part."""
+        images = policy.running(1)
+        if not images:
+            return x
+        if policy.whole(images):
+            return self.feed(x)
         total = sum(policy.lengths[image] for image in images)
-        if not total:
-            return
         rows = nn.functional.pad(packed_rows(policy.keep, images), (0, rounded_up(total) - total))
-        residual = x.index_select(0, rows)
+        return x.index_copy(0, rows[:total], self.feed(x.index_select(0, rows))[:total])
+
+    def feed(self, x: Tensor) -> Tensor:
         if isinstance(self.mlp, FastMlp):
-            out = self.mlp(self.norm2(residual), residual)
-        else:
-            out = residual + self.drop_path2(self.ls2(self.mlp(self.norm2(residual))))
-        x.index_copy_(0, rows[:total], out[:total])
+            return self.mlp(self.norm2(x), x)
+        return super().feed(x)
 
     def macs(self, policy: Policy, prefix: int) -> Tensor:
         """MACs of this block for each image, ``(B,)``, by formula: what its policy asks for, nothing rounded up."""
-        attention, mlp = (policy.sublayers & policy.keep.any(dim=1, keepdim=True)).double().unbind(1)
-        tokens = policy.keep.sum(dim=1).double()
-        heads = policy.heads.sum(dim=1).double()
+        tokens, heads, attention, mlp = (
+            torch.tensor([float(value) for value in values])
+            for values in (policy.lengths, map(len, policy.heads), *zip(*policy.sublayers, strict=True))
+        )
+        tokens, heads = tokens.double(), heads.double()
         patches = policy.keep.shape[1] - prefix
         hidden = sum(module.weight.numel() for module in self.mlp.modules() if isinstance(module, nn.Linear))
         attending = self.attn.macs(tokens, heads)
@@ -177,7 +190,7 @@ class PackedAttention(nn.Module):
             setattr(self, name, getattr(attention, name))
         self.all_heads = partial or attention.gate is not None or not isinstance(attention.norm, nn.Identity)
 
-    def forward(self, x: Tensor, residual: Tensor, heads: Heads, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, heads: Heads, lengths: Sequence[int], whole: int) -> Tensor:
         """Mix the tokens of some images that use the same heads, and add the residual.
 
         Args:
@@ -185,22 +198,23 @@ class PackedAttention(nn.Module):
             residual: ``(T, C)``.
             heads: The heads that the images use.
             lengths: How many of the rows belong to each image; rows behind those are not to be used.
+            whole: How many an image has of which all take part.
         """
         used = ranges(heads)
         values = None if self.v is None else self.v(x, [range(self.num_heads)]).squeeze(2)  # (T, H, d)
-        mixed = self._mix(x, values, heads, lengths) if heads else None  # (T, heads, d)
+        mixed = self._mix(x, values, heads, lengths, whole) if heads else None  # (T, heads, d)
         if not self.all_heads:
             assert mixed is not None
             return self._project(mixed, residual, used)
-        whole = x.new_zeros(x.shape[0], self.num_heads, self.head_dim) if values is None else values
+        every = x.new_zeros(x.shape[0], self.num_heads, self.head_dim) if values is None else values
         if mixed is not None:
-            whole[:, list(heads)] = mixed
-        return project(self, x, whole.flatten(1), residual)
+            every[:, list(heads)] = mixed
+        return project(self, x, every.flatten(1), residual)
 
-    def _mix(self, x: Tensor, values: Tensor | None, heads: Heads, lengths: Sequence[int]) -> Tensor:
+    def _mix(self, x: Tensor, values: Tensor | None, heads: Heads, lengths: Sequence[int], whole: int) -> Tensor:
         q, k, *v = self.headwise(x, ranges(heads)).unbind(2)
         v = v[0] if values is None else values[:, list(heads)]
-        return packed_attention(self.q_norm(q), self.k_norm(k), v, lengths)
+        return packed_attention(self.q_norm(q), self.k_norm(k), v, lengths, whole)
 
     def _project(self, mixed: Tensor, residual: Tensor, used: Sequence[range]) -> Tensor:
         """The output projection of some heads: the columns of its weight that are theirs."""

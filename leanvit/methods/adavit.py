@@ -154,11 +154,16 @@ class Decisions(LeanModule):
         """What takes part, as the deployed form asks: prefix tokens always do, attention without a head is off."""
         batch, tokens, _ = x.shape
         patches, heads, sublayers = (
-            x.new_ones(batch, count, dtype=torch.bool) if logits is None else logits > self.threshold
-            for logits, count in zip(self.logits(x, prefix), (tokens - prefix, self.heads, 2), strict=True)
+            None if logits is None else logits > self.threshold for logits in self.logits(x, prefix)
         )
-        keep = torch.cat([patches.new_ones(batch, prefix), patches], dim=1) if prefix else patches
-        return Policy(keep, heads, self._without_heads(heads, sublayers))
+        keep = x.new_ones(batch, tokens, dtype=torch.bool)
+        if patches is not None:
+            keep[:, prefix:] = patches
+        used = [list(range(self.heads))] * batch if heads is None else [_on(row) for row in heads.tolist()]
+        running = [[True, True] for _ in used] if sublayers is None else sublayers.tolist()
+        for some, row in zip(used, running, strict=True):
+            row[0] &= bool(some) or self.config.partial
+        return Policy(keep, [tuple(some) for some in used], running)
 
     def draw(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
         """Patches ``(B, M)``, heads ``(B, H)`` and sub-layers ``(B, 2)``: 1 where used, with a gradient in training."""
@@ -184,12 +189,6 @@ class Decisions(LeanModule):
         logits = logits + (1 - self.progress) * draws.logit()
         soft = (logits / self.config.temperature).sigmoid()
         return (logits > 0).float() + soft - soft.detach()
-
-    def offer_usage(self, patches: Tensor, heads: Tensor, sublayers: Tensor) -> None:
-        """Offer to the recorder which patches, heads and sub-layers are used."""
-        offer("patch_usage", self.layer, patches.float)
-        offer("head_usage", self.layer, heads.float)
-        offer("sublayer_usage", self.layer, sublayers.float)
 
     def target(self) -> Tensor:
         """The shares that training aims at now, ``(3,)``: from 1 to the budget."""
@@ -265,7 +264,9 @@ class AdaptiveBlock(LeanBlock):
         x, decide = tokens.x, self.decide
         normed = self.norm1(x)
         patches, heads, sublayers = decide.draw(normed, tokens.prefix)
-        decide.offer_usage(patches, heads, sublayers)
+        offer("patch_usage", decide.layer, patches.float)
+        offer("head_usage", decide.layer, heads.float)
+        offer("sublayer_usage", decide.layer, sublayers.float)
         offer("usage_target", decide.layer, decide.target)
         keep = torch.cat([patches.new_ones(patches.shape[0], tokens.prefix), patches], dim=1)  # (B, N)
         attention, mlp = (keep * sublayers[:, [which]] for which in (0, 1))
@@ -317,6 +318,10 @@ def _linear(inputs: int, decisions: int) -> nn.Linear:
     nn.init.normal_(layer.weight, std=0.02)
     nn.init.constant_(layer.bias, START)
     return layer
+
+
+def _on(row: list[bool]) -> list[int]:
+    return [index for index, on in enumerate(row) if on]
 
 
 def _stacked(records: list[Record]) -> Tensor:

@@ -55,19 +55,22 @@ def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Sequenc
     return torch.cat(mixed)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], whole: int = 0) -> Tensor:
     """Softmax attention of each image over its own tokens, however many they are.
 
     Args:
         q, k, v: ``(T, H, d)``, the tokens of all images packed.
         lengths: How many of the rows belong to each image, in order; rows behind those belong to none, and what comes
             out there means nothing. Images of equal length cost least side by side.
+        whole: The length of an image of which all tokens are active: the one that is sure to come again.
 
     Returns:
         ``(T, H, d)``.
     """
     if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _on_gpu(q, k, v, lengths)
+    if len(lengths) == 1:
+        return _one_image(q, k, v, lengths[0], whole)
     mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
     start = 0
     for length, alike in groupby(lengths):
@@ -75,10 +78,17 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
         rows = slice(start, start + images * length)
         some_q, some_k, some_v = (x[rows].unflatten(0, (images, length)).transpose(1, 2) for x in (q, k, v))
         # The op for whole batches would compile kernels for each new length: worth it only for many images at once.
-        attend = attention if images > 1 else F.scaled_dot_product_attention
+        attend = attention if images > 1 or length == whole else F.scaled_dot_product_attention
         mixed[rows].unflatten(0, (images, length)).copy_(attend(some_q, some_k, some_v).transpose(1, 2))
         start = rows.stop
     return mixed
+
+
+def _one_image(q: Tensor, k: Tensor, v: Tensor, length: int, whole: int) -> Tensor:
+    """One image: all rows may ask, then what comes out needs no copy."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k[:length], v[:length]))  # (1, H, T, d)
+    attend = attention if length == whole else F.scaled_dot_product_attention
+    return attend(q, k, v).squeeze(0).transpose(0, 1)
 
 
 def _on_gpu(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
