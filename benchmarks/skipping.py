@@ -104,11 +104,9 @@ class DrawnBefore(RandomDecisions):
 
     def draw_all(self, batch: int, calls: int) -> None:
         """Draw what the next calls will decide."""
-        counts = (196, self.heads, 2)
-        self.ready = [
-            [rate - torch.rand(batch, count, generator=self.generator) for rate, count in zip(self.rates, counts)]
-            for _ in range(calls)
-        ]
+        shapes = zip(self.rates, (196, self.heads, 2), strict=True)
+        kinds = [rate - torch.rand(calls, batch, count, generator=self.generator) for rate, count in shapes]
+        self.ready = list(zip(*kinds, strict=True))
         self.call = 0
 
     def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
