@@ -39,8 +39,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "no warm start": {"method": LEAN, "epochs": 4, "warm": False},
     "no guidance": {"method": LEAN.replace("auto:3", "auto:3,guidance=0"), "epochs": 4},
     "adavit": {
-        "method": "adavit:usage_weight=4,ramp=0.4",
-        "epochs": 5,
+        "method": "adavit",
+        "epochs": 8,
         "options": {"lr": 3e-3, "inherited_lr_scale": 0.03},
         "warm": False,  # it starts as the dense model
         "budgets": (0.7, 0.5, 0.35),

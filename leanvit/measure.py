@@ -272,7 +272,8 @@ def compare(
         split, class_map: How a path is opened; see `open_data`.
         eval_batch_size: Images a batch when taking accuracy.
         workers: Processes that read images.
-        img_size, images, batch_sizes, precisions, engines, threads, iterations, device, progress: See `bench`.
+        img_size, images, batch_sizes, precisions, engines, threads, iterations, device, progress: See `bench`. Where a
+            model's cost depends on the image, speed is measured on `data` unless other images are given.
 
     Raises:
         ConfigError: There is nothing to compare with, an argument is out of range, or a model takes images of
@@ -308,6 +309,9 @@ def compare(
         for precision in precisions
         for name, model in models.items()
     }
+    per_image = [name for name, model in models.items() if decides_per_image(model)]
+    if per_image and images is None:  # on random images, what they cost means nothing
+        images, img_size = opened[per_image[0]], None
     rows = bench(
         models,
         img_size=img_size,

@@ -21,6 +21,7 @@ from .options import (
     Timing,
     amp_name,
     best_device,
+    new_file,
     takes_groups,
 )
 from .printing import command_line, say, say_where
@@ -28,6 +29,7 @@ from .printing import command_line, say, say_where
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..data import ImageData
     from ..measure import EvalResult
     from ..report.tables import Row
 
@@ -43,6 +45,9 @@ def evaluate(
     device: Device = "auto",
     amp: Amp = False,
     amp_dtype: AmpType = AmpDtype.bfloat16,
+    per_image: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=new_file, help="CSV: each image's MACs and latency.")
+    ] = None,
     *,
     output: Output,
 ) -> None:
@@ -71,6 +76,8 @@ def evaluate(
     output.write(ctx, Table([row], title=f"{images.path}, {result.count} images"))
     if result.damaged:
         say(report_damage(images))
+    if per_image:
+        write_per_image(model, images, per_image, best_device(device))
 
 
 @app.command()
@@ -209,6 +216,21 @@ def compare(
         say_where(write(page_of(dense, models, table, source), report, overwrite=overwrite))
 
 
+def write_per_image(model: nn.Module, images: ImageData, file: Path, device: str) -> None:
+    """Write what each image costs, and say whether an easy image takes less time."""
+    from ..per_image import correlation
+    from ..per_image import per_image as measure
+
+    table = measure(model, images, device=device)
+    table.to_csv(file)
+    found = correlation(table.rows)
+    say(
+        f"{file}: every image costs the same"
+        if found is None
+        else f"{file}: over {len(table.rows)} images, MACs and latency at batch 1 have a correlation of {found:.2f}"
+    )
+
+
 def accuracy_row(name: str, model: nn.Module, result: EvalResult | None = None) -> Row:
     """A model's row in the columns of timm's results files, with what it costs."""
     from ..count import count
@@ -221,7 +243,8 @@ def accuracy_row(name: str, model: nn.Module, result: EvalResult | None = None) 
         "img_size": config["input_size"][-1],
         **(result.row() if result else {}),
         "param_count": cost.params / 1e6,
-        "infer_gmacs": cost.macs / 1e9,
+        # Where each image has its own cost, the mean over the images.
+        "infer_gmacs": result.row()["gmacs_mean"] if result and result.macs is not None else cost.macs / 1e9,
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
     }

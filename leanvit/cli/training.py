@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
     from ..data import ImageData
-    from ..report.tables import Table
+    from ..methods import Method
+    from ..report.tables import Row, Table
 
 Folder = Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; else one in runs/.")]
 Experiment = Annotated[str, typer.Option(metavar="NAME", help="Folder in it, for several runs.")]
@@ -46,6 +48,9 @@ def slim_model(
     warm_start_steps: Annotated[int, typer.Option(metavar="N", help="Label-free steps a block.")] = 60,
     teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Whom to learn from; else MODEL.")] = None,
     output: Folder = None,
+    budget: Annotated[
+        str, typer.Option(metavar="X,X", help="Shares of MODEL's MACs for adavit to aim at; a run each.")
+    ] = "",
     experiment: Experiment = "",
     resume: Resume = False,
     config: Config = None,
@@ -58,12 +63,15 @@ def slim_model(
 
     Warm-starts from unlabelled images, and distils from MODEL if --epochs. The run's folder holds the lean
     model (best/ and last/), its deployed form (deployed/), the figures (results.csv, results.json) and the
-    course of the training (curves.png).
+    course of the training (curves.png). With --budget there is such a folder for each, with thresholds set so
+    that its mean cost is met, and beside them the figures of all and the curve through them (budgets.png).
     """
+    from ..budget import set_budget
     from ..data import class_names
     from ..methods import parse
     from ..model import deploy, slim
     from ..objective import Teacher
+    from ..report.plots import pareto
     from ..store import resolve_model, save
     from ..train import distill
     from ..warmstart import warm_start
@@ -72,29 +80,45 @@ def slim_model(
     settings = training.config(max(epochs, 1), **vars(teaching))
     device = best_device(training.device)
     folder = run_folder(output, experiment, [choice.model, *(applied.name for applied in methods)])
-    resuming = check_folder(folder, resume)
     dense = choice.load()
+    runs: dict[Path, tuple[tuple[Method, ...], float | None]] = {folder: (methods, None)}
+    if budget:
+        runs = {folder / f"budget-{share:g}": (aimed_at(share, methods, dense), share) for share in shares(budget)}
+    resuming = {own: check_folder(own, resume) for own in runs}
     tutor = resolve_model(teacher, pretrained=True) if teacher else dense
     # Opened before the work starts: data that does not fit the model is to be known now, not in an hour.
     test_images = held_out(data_dir, training, dense)
     names = class_names(labelled(data_dir, training, dense, settings.augmentation()), dense) if epochs else None
     images = unlabelled(data_dir, training, dense)
-    lean = slim(dense.to(device), *methods, images=images)
-    if epochs:
-        Teacher(tutor, lean, tokens=teaching.token_weight > 0)
-    if not resuming:  # else the checkpoint holds what the warm start led to
-        say(f"{choice.model} with {lean.lean}")
-        warm_start(lean, dense, images, steps=warm_start_steps, seed=training.seed, progress=is_main_process())
-    if epochs:
-        distill(lean, tutor, data_dir, output=folder, resume=resume, config=settings)
-    if is_main_process():
+
+    def run(folder: Path, methods: tuple[Method, ...], share: float | None) -> Table | None:
+        lean = slim(dense.to(device), *methods, images=images)
+        if epochs:
+            Teacher(tutor, lean, tokens=teaching.token_weight > 0)
+        if not resuming[folder]:  # else the checkpoint holds what the warm start led to
+            say(f"{choice.model} with {lean.lean}")
+            warm_start(lean, dense, images, steps=warm_start_steps, seed=training.seed, progress=is_main_process())
+        if epochs:
+            distill(lean, tutor, data_dir, output=folder, resume=resume, config=settings)
+        if not is_main_process():
+            return None
+        if share is not None:
+            set_budget(lean, share, images)
         if epochs:
             draw_curves(folder)
         else:
             save(lean, folder / "last", overwrite=resume)
         fast = deploy(lean)
         save(fast, folder / "deployed", overwrite=True, class_names=names)
-        files.write(ctx, lean_beside_dense(dense, fast, test_images, device), folder)
+        return lean_beside_dense(dense, fast, test_images, device)
+
+    tables = {share: run(own, own_methods, share) for own, (own_methods, share) in runs.items()}
+    measured = {share: table for share, table in tables.items() if table is not None}
+    if measured:
+        table = measured[None] if not budget else side_by_side(measured)
+        files.write(ctx, table, folder)
+        if budget and test_images is not None:
+            pareto(table.rows, folder / "budgets.png", title=method)
 
 
 @app.command("train")
@@ -129,6 +153,39 @@ def train_model(
     if is_main_process():
         draw_curves(folder)
         files.write(ctx, accuracy(choice.model, model, test_images, best_device(training.device)), folder)
+
+
+def shares(text: str) -> list[float]:
+    """The budgets of ``--budget 0.3,0.5``."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--budget {text!r} is not a list of shares such as 0.3,0.5,0.7") from None
+    if len(set(found)) < len(found):
+        raise ConfigError(f"--budget {text!r} names a share twice")
+    return found
+
+
+def aimed_at(share: float, methods: tuple[Method, ...], dense: VisionTransformer) -> tuple[Method, ...]:
+    """The methods, those that decide per image with the targets of a budget."""
+    if not any(method.data_dependent for method in methods):
+        names = "+".join(method.name for method in methods)
+        raise ConfigError(f"--budget {share:g}: {names} has no budget to aim at, adavit has")
+    return tuple(method.for_budget(dense, share) if method.data_dependent else method for method in methods)
+
+
+def side_by_side(tables: Mapping[float | None, Table]) -> Table:
+    """The figures of several budgets in one table: the dense model's once, then each lean one's."""
+    from ..measure import Table
+
+    rows: list[Row] = []
+    for share, table in tables.items():
+        for row in table.rows:
+            if row["model"] != "dense":
+                rows.append({**row, "model": f"budget {share:g}", "budget": share})
+            elif share == next(iter(tables)):
+                rows.append(row)
+    return Table(rows, title=next(iter(tables.values())).title)
 
 
 def run_folder(output: Path | None, experiment: str, names: list[str]) -> Path:

@@ -7,12 +7,13 @@ a threshold that sets the budget afterwards are ours.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..count import count
 from ..errors import ConfigError, MethodError
 from ..fast import project
 from ..model import LeanBlock, Tokens
@@ -90,6 +91,45 @@ class AdaViT(Method):
     def resolve(self, plan: Plan) -> Self:
         plan.check_blocks(self.name, [self.first])
         return self
+
+    def for_budget(self, model: Any, macs: float) -> Self:
+        """The same share of every kind that is decided, such that the expected cost is the budget.
+
+        Args:
+            model: The dense model.
+            macs: A share of its MACs.
+        """
+        dense = count(model).macs
+        low, high = 1e-3, 1.0
+        least, most = (self._expected(model, usage, dense) for usage in (low, high))
+        if not isinstance(macs, (int, float)) or not least <= macs <= most:
+            raise ConfigError(
+                f"adavit: no usage gives a budget of {macs}: from block {self.first} on, what it decides reaches "
+                f"{least:.3f} to {most:.3f} of the dense model's MACs"
+            )
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._expected(model, middle, dense) < macs else (low, middle)
+        patches, heads, blocks = (round(high, 3) if target < 1 else 1.0 for target in self.targets)
+        return replace(self, patches=patches, heads=heads, blocks=blocks)
+
+    def _expected(self, model: Any, usage: float, dense: float) -> float:
+        """The share of the dense MACs that is left where every kind that is decided is used to this degree."""
+        patches, heads, blocks = (usage if target < 1 else 1.0 for target in self.targets)
+        height, width = model.patch_embed.grid_size
+        tokens = model.num_prefix_tokens + height * width
+        kept = model.num_prefix_tokens + patches * height * width
+        saved = 0.0
+        for block in model.blocks[self.first :]:
+            attention, inner = block.attn, block.attn.attn_dim
+            inputs, proj = attention.qkv.weight.numel(), attention.proj.weight.numel()
+            mlp = sum(part.weight.numel() for part in block.mlp.modules() if isinstance(part, nn.Linear))
+            always = inputs / 3 + proj if self.partial else 0.0  # of a token: what runs for heads that are left out too
+            of_heads = inputs + proj - always
+            whole = tokens * (inputs + proj + mlp) + 2 * tokens**2 * inner
+            left = blocks * (kept * (always + mlp + heads * of_heads) + heads * 2 * kept**2 * inner)
+            saved += whole - left
+        return 1 - saved / dense
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         for index, block in enumerate(lean.blocks):

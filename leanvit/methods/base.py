@@ -135,6 +135,14 @@ class Method:
         """Decide what is left to measurement or to the model's depth, and check all of it against the model."""
         return self
 
+    def for_budget(self, model: Any, macs: float) -> Self:
+        """The method with the parameters that aim at a mean cost of so large a share of the dense model's MACs.
+
+        Raises:
+            ConfigError: No parameters reach it, or its cost is not a matter of a budget.
+        """
+        raise ConfigError(f"{self.name} has no budget to aim at; methods that decide per image have, such as adavit")
+
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         """Replace modules of a model in place. The parameters are resolved."""
         raise NotImplementedError
