@@ -216,6 +216,30 @@ def compare(
         say_where(write(page_of(dense, models, table, source), report, overwrite=overwrite))
 
 
+@app.command()
+@takes_groups
+def usage(
+    ctx: typer.Context,
+    choice: ModelChoice,
+    data: EvalData,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for usage.json and the pictures.")] = Path(
+        "usage"
+    ),
+) -> None:
+    """Show what images use of a model that decides per image.
+
+    By block, by class, the cheapest and the dearest images, and accuracy against random policies of equal usage.
+    """
+    from ..measure import Table
+    from ..usage import write_usage
+    from .printing import show
+
+    model = choice.load()
+    report = write_usage(model, data.open(model), output)
+    show(Table(report["policies"], title=f"{choice.model}, {report['images']} images"))
+    say(f"usage.json and pictures are in {output}/")
+
+
 def write_per_image(model: nn.Module, images: ImageData, file: Path, device: str) -> None:
     """Write what each image costs, and say whether an easy image takes less time."""
     from ..per_image import correlation

@@ -63,6 +63,7 @@ _PRINTED = {
     "photo": ("photo", "{}"),
     "model": ("model", "{}"),
     "method": ("method", "{}"),
+    "policies": ("policies", "{}"),
     "budget": ("budget", "{:.2f}"),
     "prediction": ("prediction", "{}"),
     "layer": ("layer", "{}"),
