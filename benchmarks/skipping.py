@@ -30,7 +30,7 @@ from leanvit.report.tables import Row, Table
 
 USAGES = {"all on": (1.0, 1.0, 1.0), "0.7/0.7/0.65": (0.7, 0.7, 0.65), "0.5/0.5/0.5": (0.5, 0.5, 0.5)}
 """Shares of patches, heads and sub-layers that are used."""
-ROUNDS, WARMUP = {1: 30, 32: 20}, {1: 6, 32: 4}
+ROUNDS, WARMUP = {1: 30, 32: 20}, {1: 20, 32: 10}
 STREAM = {1: 8, 32: 1}
 """Batches one after another in a turn."""
 

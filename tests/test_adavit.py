@@ -71,7 +71,7 @@ def test_macs_of_an_image_are_those_of_the_operations_that_run(usage, model, par
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 100, 197, 1000, 6304])
 def test_few_rows_are_added(rows):
-    assert rows <= rounded_up(rows) <= max(rows * 33 / 32, rows + 7)
+    assert rows <= rounded_up(rows) <= max(rows * 17 / 16, rows + 7)
 
 
 def test_rows_of_active_tokens():
