@@ -27,7 +27,10 @@ from leanvit.report.tables import read_csv
 from leanvit.store import load, read_config, save
 from leanvit.train import TrainConfig
 
-COMMANDS = ("analyse", "bench", "compare", "count", "demo", "doctor", "eval", "explain", "report", "slim", "train")
+COMMANDS = (
+    *("analyse", "bench", "compare", "count", "demo", "doctor"),
+    *("eval", "explain", "report", "slim", "train", "usage"),
+)
 QUICK = ("-b", "1", "--num-bench-iter", "1", "--threads", "1")
 SHORT = ("--epochs", "1", "-b", "4", "--device", "cpu", "--warm-start-steps", "1")
 

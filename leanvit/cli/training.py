@@ -168,10 +168,10 @@ def shares(text: str) -> list[float]:
 
 def aimed_at(share: float, methods: tuple[Method, ...], dense: VisionTransformer) -> tuple[Method, ...]:
     """The methods, those that decide per image with the targets of a budget."""
-    if not any(method.data_dependent for method in methods):
+    if not any(method.has_budget for method in methods):
         names = "+".join(method.name for method in methods)
         raise ConfigError(f"--budget {share:g}: {names} has no budget to aim at, adavit has")
-    return tuple(method.for_budget(dense, share) if method.data_dependent else method for method in methods)
+    return tuple(method.for_budget(dense, share) if method.has_budget else method for method in methods)
 
 
 def side_by_side(tables: Mapping[float | None, Table]) -> Table:

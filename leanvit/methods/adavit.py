@@ -50,6 +50,7 @@ class AdaViT(Method):
 
     name: ClassVar[str] = "adavit"
     data_dependent: ClassVar[bool] = True
+    has_budget: ClassVar[bool] = True
     loss_kinds: ClassVar[tuple[str, ...]] = ("patch_usage", "head_usage", "sublayer_usage", "usage_target")
 
     patches: float | None = 0.7

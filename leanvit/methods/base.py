@@ -124,6 +124,8 @@ class Method:
     """Whether what the deployed form computes, and so its cost, depends on the image: there is no graph to export."""
     no_graph: ClassVar[str] = ""
     """Of other methods, why an exported graph would not skip what the deployed form skips; empty where it does."""
+    has_budget: ClassVar[bool] = False
+    """Whether the mean cost of a trained model can be set afterwards (`leanvit.set_budget`)."""
     loss_kinds: ClassVar[tuple[str, ...]] = ()
     """What `losses` and `metrics` read from the recorder; nothing else is collected while training."""
 
@@ -141,7 +143,7 @@ class Method:
         Raises:
             ConfigError: No parameters reach it, or its cost is not a matter of a budget.
         """
-        raise ConfigError(f"{self.name} has no budget to aim at; methods that decide per image have, such as adavit")
+        raise ConfigError(f"{self.name} has no budget to aim at, adavit has")
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         """Replace modules of a model in place. The parameters are resolved."""
