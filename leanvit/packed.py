@@ -78,11 +78,11 @@ class PackedBlock(LeanBlock):
         policy.offer(self.decide.layer, tokens.prefix, self.decide.heads)
         offer("macs", self.decide.layer, lambda: self.macs(policy, tokens.prefix))
         x = tokens.x.flatten(0, 1)  # (B·N, C)
-        x = self._attend(x, normed.flatten(0, 1), policy)
+        x = self._attend(x, normed.flatten(0, 1), policy, None if tokens.size is None else tokens.size.flatten())
         x = self._transform(x, policy)
         return tokens.with_x(x.view_as(tokens.x))
 
-    def _attend(self, x: Tensor, normed: Tensor, policy: Policy) -> Tensor:
+    def _attend(self, x: Tensor, normed: Tensor, policy: Policy, size: Tensor | None) -> Tensor:
         """Attention, added to the tokens that take part; images that use the same heads go together."""
         heads, lengths = policy.heads, policy.lengths
         images = sorted(policy.running(0), key=lambda image: (heads[image], lengths[image]))
@@ -90,7 +90,7 @@ class PackedBlock(LeanBlock):
         if not groups:
             return x
         if len(groups) == 1 and policy.whole(images):
-            return self.attn(normed, x, *groups[0], policy.keep.shape[1])
+            return self.attn(normed, x, *groups[0], policy.keep.shape[1], size)
         x = x.clone()
         ends = list(accumulate(sum(some) for _, some in groups))
         rows = packed_rows(policy.keep, images)
@@ -98,10 +98,12 @@ class PackedBlock(LeanBlock):
         spare = max(end - sum(some) + rounded_up(sum(some)) for end, (_, some) in zip(ends, groups, strict=True))
         rows = nn.functional.pad(rows, (0, spare - ends[-1]))
         inputs, residual = normed.index_select(0, rows), x.index_select(0, rows)
+        size = None if size is None else size.index_select(0, rows)
         for end, (used, some) in zip(ends, groups, strict=True):
             start = end - sum(some)
             part = slice(start, start + rounded_up(sum(some)))
-            mixed = self.attn(inputs[part], residual[part], used, some, policy.keep.shape[1])
+            own_size = None if size is None else size[part]
+            mixed = self.attn(inputs[part], residual[part], used, some, policy.keep.shape[1], own_size)
             x.index_copy_(0, rows[start:end], mixed[: end - start])
         return x
 
@@ -190,7 +192,15 @@ class PackedAttention(nn.Module):
             setattr(self, name, getattr(attention, name))
         self.all_heads = partial or attention.gate is not None or not isinstance(attention.norm, nn.Identity)
 
-    def forward(self, x: Tensor, residual: Tensor, heads: Heads, lengths: Sequence[int], whole: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        heads: Heads,
+        lengths: Sequence[int],
+        whole: int,
+        size: Tensor | None = None,
+    ) -> Tensor:
         """Mix the tokens of some images that use the same heads, and add the residual.
 
         Args:
@@ -199,10 +209,11 @@ class PackedAttention(nn.Module):
             heads: The heads that the images use.
             lengths: How many of the rows belong to each image; rows behind those are not to be used.
             whole: How many an image has of which all take part.
+            size: How many patches each row stands for, ``(T,)``; None where each stands for one.
         """
         used = ranges(heads)
         values = None if self.v is None else self.v(x, [range(self.num_heads)]).squeeze(2)  # (T, H, d)
-        mixed = self._mix(x, values, heads, lengths, whole) if heads else None  # (T, heads, d)
+        mixed = self._mix(x, values, heads, lengths, whole, size) if heads else None  # (T, heads, d)
         if not self.all_heads:
             assert mixed is not None
             return self._project(mixed, residual, used)
@@ -211,10 +222,18 @@ class PackedAttention(nn.Module):
             every[:, list(heads)] = mixed
         return project(self, x, every.flatten(1), residual)
 
-    def _mix(self, x: Tensor, values: Tensor | None, heads: Heads, lengths: Sequence[int], whole: int) -> Tensor:
+    def _mix(
+        self,
+        x: Tensor,
+        values: Tensor | None,
+        heads: Heads,
+        lengths: Sequence[int],
+        whole: int,
+        size: Tensor | None,
+    ) -> Tensor:
         q, k, *v = self.headwise(x, ranges(heads)).unbind(2)
         v = v[0] if values is None else values[:, list(heads)]
-        return packed_attention(self.q_norm(q), self.k_norm(k), v, lengths, whole)
+        return packed_attention(self.q_norm(q), self.k_norm(k), v, lengths, whole, size)
 
     def _project(self, mixed: Tensor, residual: Tensor, used: Sequence[range]) -> Tensor:
         """The output projection of some heads: the columns of its weight that are theirs."""

@@ -9,6 +9,7 @@ import torch
 
 import leanvit
 from leanvit.count import constant_macs, image_macs
+from leanvit.methods import parse
 from leanvit.methods.adavit import Decisions, RandomDecisions
 from leanvit.ops import packed
 from leanvit.ops.packed import packed_attention, packed_attention_reference, packed_rows, rounded_up
@@ -245,3 +246,21 @@ def test_bad_parameters(settings, message):
 def test_methods_that_do_not_go_together(methods, message):
     with pytest.raises(leanvit.MethodError, match=message):
         leanvit.slim(small_vit(), *methods)
+
+
+@pytest.mark.parametrize("before", ["merging:r=4,0,0,0", "pruning:at=0,keep=0.5", "glad:at=1"])
+@pytest.mark.parametrize("batch", [1, 5])
+@torch.no_grad()
+def test_fewer_tokens_in_blocks_before(before, batch):
+    lean = leanvit.slim(small_vit(), *parse(f"{before}+adavit:first=2"))
+    fast = leanvit.deploy(lean)
+    generator = torch.Generator()
+    for each in (lean, fast):
+        for module in each.modules():
+            if isinstance(module, Decisions):
+                RandomDecisions.adopt(module, USAGES["mixed"], generator)
+    images = photos(lean, batch)
+    generator.manual_seed(0)
+    masked = lean(images)
+    generator.manual_seed(0)
+    assert (fast(images) - masked).abs().max() < 1e-4

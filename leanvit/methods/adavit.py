@@ -311,7 +311,7 @@ class AdaptiveBlock(LeanBlock):
         offer("usage_target", decide.layer, decide.target)
         keep = torch.cat([patches.new_ones(patches.shape[0], tokens.prefix), patches], dim=1)  # (B, N)
         attention, mlp = (keep * sublayers[:, [which]] for which in (0, 1))
-        mixed = masked_attention(self.attn, normed, keep, heads, decide.config.partial)
+        mixed = masked_attention(self.attn, normed, keep, heads, decide.config.partial, tokens.size)
         x = x + attention.unsqueeze(-1) * self.drop_path1(self.ls1(mixed))
         x = x + mlp.unsqueeze(-1) * self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return tokens.with_x(x)
@@ -332,7 +332,9 @@ class AdaptiveBlock(LeanBlock):
         return f"{self.decide!r}, {super().__repr__()}"
 
 
-def masked_attention(attention: Any, x: Tensor, keep: Tensor, heads: Tensor, partial: bool) -> Tensor:
+def masked_attention(
+    attention: Any, x: Tensor, keep: Tensor, heads: Tensor, partial: bool, size: Tensor | None = None
+) -> Tensor:
     """timm's attention among the tokens that take part, of the heads that do; with gradients to both decisions.
 
     Args:
@@ -341,10 +343,12 @@ def masked_attention(attention: Any, x: Tensor, keep: Tensor, heads: Tensor, par
         keep: 1 for tokens that take part, ``(B, N)``. What comes out for the others means nothing.
         heads: 1 for heads that do, ``(B, H)``.
         partial: Whether the values of a head that does not are its output, in place of zeros.
+        size: How many patches each token stands for, ``(B, N)``; None where each stands for one.
     """
     q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, d)
     scores = (attention.q_norm(q) * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
-    weights = scores.float().softmax(dim=-1) * keep[:, None, None]
+    each = keep if size is None else keep * size
+    weights = scores.float().softmax(dim=-1) * each[:, None, None]
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
     used = heads[:, :, None, None]
     mixed = used * (attention.attn_drop(weights).to(v.dtype) @ v)

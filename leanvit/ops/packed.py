@@ -55,7 +55,9 @@ def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Sequenc
     return torch.cat(mixed)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], whole: int = 0) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], whole: int = 0, size: Tensor | None = None
+) -> Tensor:
     """Softmax attention of each image over its own tokens, however many they are.
 
     Args:
@@ -63,13 +65,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], wh
         lengths: How many of the rows belong to each image, in order; rows behind those belong to none, and what comes
             out there means nothing. Images of equal length cost least side by side.
         whole: The length of an image of which all tokens are active: the one that is sure to come again.
+        size: How many patches each key stands for, ``(T,)``; None where each stands for one.
 
     Returns:
         ``(T, H, d)``.
     """
-    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if varlen_attn is not None and size is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _on_gpu(q, k, v, lengths)
-    if len(lengths) == 1:
+    if len(lengths) == 1 and size is None:
         return _one_image(q, k, v, lengths[0], whole)
     mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
     start = 0
@@ -78,8 +81,12 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], wh
         rows = slice(start, start + images * length)
         some_q, some_k, some_v = (x[rows].unflatten(0, (images, length)).transpose(1, 2) for x in (q, k, v))
         # The op for whole batches would compile kernels for each new length: worth it only for many images at once.
-        attend = attention if images > 1 or length == whole else F.scaled_dot_product_attention
-        mixed[rows].unflatten(0, (images, length)).copy_(attend(some_q, some_k, some_v).transpose(1, 2))
+        if size is not None:
+            some = attention(some_q, some_k, some_v, size=size[rows].unflatten(0, (images, length)))
+        else:
+            attend = attention if images > 1 or length == whole else F.scaled_dot_product_attention
+            some = attend(some_q, some_k, some_v)
+        mixed[rows].unflatten(0, (images, length)).copy_(some.transpose(1, 2))
         start = rows.stop
     return mixed
 
