@@ -34,9 +34,9 @@ COMBINATIONS = ("dgssa+glad",)
 
 # Muon, because with AdamW a Vision Transformer that starts from nothing needs three times the epochs.
 DENSE_TRAINING = TrainConfig(
-    epochs=15, batch_size=32, lr=3e-3, opt="muon", warmup_epochs=2, smoothing=0.0, device="cpu"
+    epochs=12, batch_size=32, lr=3e-3, opt="muon", warmup_epochs=2, smoothing=0.0, device="cpu"
 )
-LEAN_TRAINING = replace(DENSE_TRAINING, epochs=6, lr=1e-3, warmup_epochs=1)
+LEAN_TRAINING = replace(DENSE_TRAINING, epochs=4, lr=1e-3, warmup_epochs=1)
 
 SPEED_MODEL = "deit_tiny_patch16_224"
 
