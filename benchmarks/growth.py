@@ -1,6 +1,8 @@
-"""How time and memory grow with the input, against the dense DeiT-T in the same run, turn by turn.
+"""How time and memory grow with the image or the batch, against the dense DeiT-T in the same run, turn by turn.
 
     python benchmarks/growth.py --method castling
+    python benchmarks/growth.py --img-size 224 --batch-size 1 4 16 64 \\
+        --output docs/results/growth_batch --plot docs/images/growth-batch.png
 
 Random weights and images: the cost of the methods named must not depend on the image.
 """
@@ -21,14 +23,15 @@ from leanvit.measure import environment
 from leanvit.methods import parse
 from leanvit.report.tables import Row, Table
 
+METHODS = ("dgssa:layers=0-5+glad:at=6,8,10", "castling", "pruning:keep=0.7", "merging:r=12")
 SIZES = (224, 384, 512, 768, 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="*", default=["castling"], help="as `leanvit slim --method` takes them")
+    parser.add_argument("--method", nargs="*", default=list(METHODS), help="as `leanvit slim --method` takes them")
     parser.add_argument("--img-size", type=int, nargs="*", default=list(SIZES))
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, nargs="*", default=[1], help="several: the plots are over the batch")
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--iterations", type=int, help="rounds at each point; about ten seconds' worth when not given")
@@ -51,12 +54,15 @@ def at_size(size: int, args: argparse.Namespace) -> list[Row]:
     models = {"dense": vit, "dense, deployed": leanvit.slim(vit)}
     models |= {text: leanvit.slim(vit, *parse(text)) for text in args.method}
     options: dict[str, Any] = {"precisions": args.precision, "threads": args.threads, "iterations": args.iterations}
-    rows = leanvit.bench(models, batch_sizes=(args.batch_size,), **options)
+    rows = leanvit.bench(models, batch_sizes=args.batch_size, **options)
     return [{**row, "trained": False} for row in rows]
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time and peak memory an image over the number of tokens, both axes logarithmic."""
+    """Time and peak memory over the side of the image, or over the batch where that varies; both axes logarithmic."""
+    over, below = "infer_img_size", "side of the image, px"
+    if len({row["infer_batch_size"] for row in rows}) > 1:
+        over, below = "infer_batch_size", "images a batch"
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     names = list(dict.fromkeys(row["model"] for row in rows))
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
@@ -66,11 +72,17 @@ def draw(rows: list[Row], path: Path) -> None:
         for colour, name in enumerate(names):
             for precision, style in zip(precisions, ("-o", "--s", ":^"), strict=False):
                 points = [row for row in rows if (row["model"], row["precision"]) == (name, precision)]
-                sizes, values = [row["infer_img_size"] for row in points], [row[key] for row in points]
-                axis.plot(sizes, values, style, color=f"C{colour}", label=f"{name}, {precision}", markersize=4)
-        axis.set(xscale="log", yscale="log", xlabel="side of the image, px", ylabel=label)
-        sides = sorted({row["infer_img_size"] for row in rows})
-        axis.set_xticks(sides, [str(side) for side in sides])
+                axis.plot(
+                    [row[over] for row in points],
+                    [row[key] for row in points],
+                    style,
+                    color=f"C{colour}",
+                    label=f"{name}, {precision}",
+                    markersize=4,
+                )
+        axis.set(xscale="log", yscale="log", xlabel=below, ylabel=label)
+        steps = sorted({row[over] for row in rows})
+        axis.set_xticks(steps, [str(step) for step in steps])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
