@@ -17,6 +17,7 @@ from ..count import count
 from ..errors import ConfigError, MethodError
 from ..fast import project
 from ..model import LeanBlock, Tokens
+from ..ops.linear import linear
 from ..packed import PackedAttention, PackedBlock, Policy
 from ..record import Record, Recorder, offer
 from . import register
@@ -360,8 +361,11 @@ def masked_attention(
 class DecisionLayer(nn.Linear):
     """A layer whose decisions all start on, whatever the input.
 
-    It stays torch's own when deployed: for so few outputs the call of a fused product takes longer than the product.
+    For so few outputs the call of oneDNN's product takes longer than the product; but in bf16 torch's own is slower.
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias) if input.dtype is torch.bfloat16 else super().forward(input)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
