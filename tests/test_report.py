@@ -314,7 +314,7 @@ class TestPage:
         assert f"{lean['top1']:.1f}" in html and f"{lean['speedup']:.2f}×" in html
         assert "Replace the attention of chosen layers" in html  # what the methods do, in their own words
         assert environment()["processor"] in html and "leanvit compare …" in html
-        assert "easiest quarter (5)" in html and "Everywhere: pixels 32, precision fp32." in html
+        assert "easiest (5)" in html and "Everywhere: pixels 32, precision fp32." in html
 
     def test_photos_run_from_easy_to_hard(self, page) -> None:
         sureness = [one.dense.top[0].probability for one in page.galleries["glad"]]

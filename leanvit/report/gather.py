@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PHOTOS = 12
 """How many photos a page walks through."""
 
-QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quarter")
+QUARTERS = ("easiest", "second", "third", "hardest")
 
 COSTED = 16
 """Images that layers are counted on, where a model's cost differs by image."""

@@ -198,7 +198,7 @@ class Column:
 HEADINGS = {
     "model": "Model",
     "method": "Method",
-    "quarter": "Images",
+    "quarter": "Quarter",
     "data": "Images",
     "infer_img_size": "Pixels",
     "precision": "Precision",
