@@ -38,6 +38,7 @@ UNFIT = [
     ("castling:kernel=3+dgssa:layers=1", "dgssa: the attention of block 1 is castling's already"),
     ("dgssa:layers=1+castling:kernel=3", "castling: the attention of block 1 is dgssa's already; give each block"),
     ("castling:kernel=3+sparsifiner:layers=2,keep=0.5", "sparsifiner: the attention of block 2 is castling's already"),
+    ("castling:kernel=3+pruning:at=1", "pruning: block 1 cannot score tokens: its attention .castling.* no queries"),
     ("castling:kernel=3+glad:at=2", "block 2 needs to know the place of each token, but glad .*or conv=tokens"),
 ]
 
