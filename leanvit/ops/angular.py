@@ -103,8 +103,13 @@ def _in_few_passes(q: Tensor, k: Tensor, v: Tensor, gain: Tensor) -> Tensor:
 
 def _half_pi_times_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``π·(v/2 + q̂·k̂ᵀ·v/π)`` of one head of several images, or of several heads: ``(…, N, d)``."""
-    q = unit(q)
+    q = _scaled(q, length(q).reciprocal_())
     if q.shape[-2] < q.shape[-1]:
         return torch.baddbmm(v, q @ unit(k).transpose(-2, -1), v, beta=math.pi / 2)
-    summary = k.transpose(-2, -1) @ (v / length(k))  # (…, d, d)
+    summary = k.transpose(-2, -1) @ _scaled(v, length(k).reciprocal_())  # (…, d, d)
     return torch.baddbmm(v, q, summary, beta=math.pi / 2)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``x · factor``, laid out as a matrix product wants it, which would copy it else."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape))
