@@ -1,7 +1,7 @@
-"""How fast sparse attention is, prediction and selection included, against dense attention in the same run, turn by turn.
+"""How fast sparse attention is, prediction and selection included, against dense attention, turn by turn in one run.
 
-Queries, keys and values are those of one block of DeiT-T on photos, at three input sizes; the predictor is the closed-form
-start of Sparsifiner on other photos. Dense is `scaled_dot_product_attention`.
+Queries, keys and values are those of one block of DeiT-T on photos, at three input sizes; the predictor is the
+closed-form start of Sparsifiner on other photos. Dense is `scaled_dot_product_attention`.
 
     python benchmarks/sparse_attention.py DATA_DIR
 
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import leanvit
-from leanvit.bench import PRECISIONS, take_turns
+from leanvit.bench import take_turns
 from leanvit.data import image_batches
+from leanvit.engines import PRECISIONS
 from leanvit.measure import environment
 from leanvit.methods.sparsifiner import queries_keys_values
 from leanvit.ops.sparse import connections, pack, sparse_attention

@@ -28,6 +28,8 @@ GENTLE = {"lr": 5e-4, "inherited_lr_scale": 0.2}
 """Pretrained weights at the rate the teacher was fine-tuned with, new ones faster."""
 QUICK = {"lr": 5e-4, "inherited_lr_scale": 0.4}
 """For methods that move the pretrained weights further."""
+SPARSE = {"lr": 3e-4, "inherited_lr_scale": 0.1}
+"""The predictor learns first, then what was inherited, gently."""
 TEACHER_EPOCHS = 3
 STUDENTS: dict[str, dict[str, Any]] = {
     "later stages": {"method": LEAN.replace("4,6,8", "6,8,10"), "epochs": 6, "options": GENTLE},
@@ -45,6 +47,9 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "warm": False,  # it starts as the dense model
         "budgets": (0.7, 0.5, 0.35),
     },
+    "sparse half": {"method": "sparsifiner:keep=0.5", "epochs": 4, "options": SPARSE},
+    "sparse third": {"method": "sparsifiner:keep=0.3", "epochs": 4, "options": SPARSE},
+    "sparse, pruned": {"method": "sparsifiner:keep=0.25+pruning:keep=0.35", "epochs": 4, "options": SPARSE},
     "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 4},
     "castling": {"method": "castling", "epochs": 6, "options": QUICK},
     "castling, short": {"method": "castling", "epochs": 3, "options": QUICK},

@@ -64,6 +64,8 @@ class EvalResult:
         labels: The images' labels, ``(count,)``.
         predictions: The highest class of each image, ``(count,)``.
         confidences: Its probability, ``(count,)``.
+        density: Share of the keys that queries attend to, mean over images and queries, by layer and head: ``{layer:
+            (H,)}``, of the layers that choose their keys.
         macs: What each image cost, ``(count,)``, where a deployed model decides that by the image; else None.
     """
 
@@ -76,6 +78,7 @@ class EvalResult:
     predictions: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.long))
     confidences: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0))
     macs: Tensor | None = field(repr=False, compare=False, default=None)
+    density: dict[int, Tensor] = field(repr=False, compare=False, default_factory=dict)
 
     @property
     def top1_err(self) -> float:
@@ -95,6 +98,8 @@ class EvalResult:
         if self.macs is not None:
             low, high = self.macs.quantile(torch.tensor([0.05, 0.95], dtype=self.macs.dtype)).tolist()
             row |= {"gmacs_mean": float(self.macs.mean()) / 1e9, "gmacs_p5": low / 1e9, "gmacs_p95": high / 1e9}
+        if self.density:
+            row["density"] = {layer: heads.tolist() for layer, heads in self.density.items()}
         return row
 
 
@@ -157,7 +162,7 @@ def evaluate(
             if len(images):
                 images = images.to(device, non_blocking=True)
                 input_size(model, images.shape[-2:])
-                with record("macs") as found:
+                with record("macs", "density") as found:
                     logits = model(images.to(dtype or images.dtype))
                 counts.add(logits, labels, None if guide is None else guide(images)[0], found)
     return counts.result(_damaged(batches.dataset), agreement=teacher is not None)
@@ -173,6 +178,7 @@ class _Counts:
     def __init__(self, constant: float) -> None:
         self.constant = constant
         self.macs: list[Tensor] = []
+        self.density: dict[int, Tensor] = {}
         self.in_top5 = 0
         self.agreeing = 0
         self.labels: list[Tensor] = []
@@ -195,6 +201,8 @@ class _Counts:
             self.agreeing += int((teacher_logits.argmax(dim=1).cpu() == best[:, 0]).sum())
         if found["macs"]:
             self.macs.append(image_macs(found, self.constant))
+        for offered in found["density"]:
+            self.density[offered.layer] = self.density.get(offered.layer, 0) + offered.value.float().sum(dim=0).cpu()
         self.labels.append(labels)
         self.predictions.append(best[:, 0])
         self.confidences.append(scores.softmax(dim=1).amax(dim=1))
@@ -214,6 +222,7 @@ class _Counts:
             predictions=predictions,
             confidences=torch.cat(self.confidences),
             macs=torch.cat(self.macs) if self.macs else None,
+            density={layer: total / len(labels) for layer, total in self.density.items()},
         )
 
 

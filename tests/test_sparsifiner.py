@@ -54,11 +54,11 @@ def test_basis_is_fitted_and_never_negative():
     assert (c @ (found - basis)).square().mean() < 0.5 * (c @ basis - flat).square().mean()
 
 
-def test_small_entries_are_dropped_but_a_row_fills_the_budget():
+def test_small_entries_are_dropped_but_rows_fill_the_budget():
     basis = torch.rand(3, 5, 196).square() * 0.04
     for keep in (0.1, 0.5, 1.0):
         sparse = sparse_basis(basis, keep)
-        assert ((sparse > 0).sum(-1) >= math.ceil(keep * 196)).all()
+        assert ((sparse > 0).sum(-1) >= math.ceil(keep / 4 * 196)).all()
         assert (sparse[basis >= 0.02] == basis[basis >= 0.02]).all()
     assert (sparse_basis(basis, 0.01) > 0).sum() < (basis > 0).sum()
     assert torch.equal(sparse_basis(-basis, 0.3), sparse_basis(basis, 0.3))
@@ -223,6 +223,17 @@ def test_a_grid_too_small_for_the_basis_is_refused():
     _, _, lean = sparse_vit(rho=16)
     with pytest.raises(leanvit.MethodError, match="rho=16 leaves no basis for 9 patches"):
         lean.set_input_size((24, 24))
+
+
+def test_evaluation_tells_the_density_by_layer_and_head():
+    _, images, lean = sparse_vit(layers=(1, 3))
+    data = torch.utils.data.TensorDataset(images, torch.zeros(8, dtype=torch.long))
+    for model in (lean, leanvit.deploy(lean)):
+        result = leanvit.evaluate(model, data, batch_size=3, progress=False)
+        assert result.density.keys() == {1, 3}
+        expected = torch.full((3,), (17 + 16 * math.ceil(0.3 * 17)) / 17**2)
+        assert all(torch.allclose(heads, expected) for heads in result.density.values())
+        assert result.row()["density"].keys() == {1, 3}
 
 
 def test_masked_training_is_attention_to_the_chosen_keys():

