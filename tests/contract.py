@@ -50,7 +50,7 @@ METHODS = [
     "pruning:at=0,2+merging:r=0,2,0,2",
     "sparsifiner:keep=0.15",
     "sparsifiner:keep=0.3,rho=4,layers=1,3,threshold=0.05+dgssa:layers=0,2",
-    "sparsifiner:keep=0.3+pruning:at=1,2",
+    "sparsifiner:keep=0.5+pruning:at=1,2",
     "castling:kernel=3",
     "castling:layers=0,3,conv=tokens+glad:at=2+dgssa:layers=1",
     "castling:layers=2,3,kernel=3+pruning:at=1",
