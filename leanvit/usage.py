@@ -28,7 +28,7 @@ from .per_image import correlation
 from .record import record
 
 KINDS = ("patch_usage", "head_usage", "sublayer_usage")
-Rates = tuple[float, float, float]
+Rates = tuple[float, float, float | Tensor]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def at_random(model: nn.Module, rates: Mapping[int, Rates], seed: int = 0) -> nn
 
     Args:
         model: Deployed.
-        rates: Shares of patches, heads and sub-layers by block.
+        rates: Shares of patches, heads and sub-layers (one, or attention and MLP apart) by block.
         seed: Of the draws.
     """
     drawn = copy.deepcopy(model)
@@ -168,11 +168,15 @@ def against_random(model: nn.Module, data: ImageData, learned: Usage, *, progres
     """
     model = deployed_form(model)
     by_block = {
-        row["block"]: (row["patches"], sum(row["heads"]) / len(row["heads"]), (row["attention"] + row["mlp"]) / 2)
+        row["block"]: (
+            row["patches"],
+            sum(row["heads"]) / len(row["heads"]),
+            torch.tensor([row["attention"], row["mlp"]]),
+        )
         for row in learned.blocks()
     }
-    mean = [sum(rates[kind] for rates in by_block.values()) / len(by_block) for kind in range(3)]
-    overall: Rates = (mean[0], mean[1], mean[2])
+    patches, heads, sublayers = zip(*by_block.values(), strict=True)
+    overall = sum(patches) / len(patches), sum(heads) / len(heads), torch.stack(sublayers).mean(dim=0)
     rows = [{"policies": "learned", "top1": learned.top1, "gmacs_mean": float(learned.macs.mean()) / 1e9}]
     for name, rates in (("random", dict.fromkeys(by_block, overall)), ("random, by block", by_block)):
         found = measure_usage(at_random(model, rates), data, progress=progress)

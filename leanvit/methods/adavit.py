@@ -265,11 +265,11 @@ class Decisions(LeanModule):
 class RandomDecisions(Decisions):
     """Decisions drawn at random: what learned ones are compared with, and what skipping is timed with."""
 
-    rates: tuple[float, float, float]
+    rates: tuple[float, float, float | Tensor]
     generator: torch.Generator
 
     @classmethod
-    def adopt(cls, decisions: Any, rates: tuple[float, float, float], generator: torch.Generator) -> None:
+    def adopt(cls, decisions: Any, rates: tuple[float, float, float | Tensor], generator: torch.Generator) -> None:
         """Let a block's decisions be drawn from now on, in place.
 
         Args:
