@@ -96,7 +96,7 @@ def write(name: str, figures: dict[str, Any], args: argparse.Namespace) -> None:
 def fine_tune(args: argparse.Namespace) -> tuple[torch.nn.Module, float]:
     """The teacher, from its run folder if it is there."""
     folder = args.runs / f"teacher-{args.img_size}"
-    if not (folder / "last").exists():
+    if not (folder / f"checkpoint-{TEACHER_EPOCHS}").exists():
         weights = args.data_dir / "deit_tiny_patch16_224.safetensors"
         model = resolve_model("deit_tiny_patch16_224", checkpoint=weights, num_classes=10, img_size=args.img_size)
         options = {"epochs": TEACHER_EPOCHS, "lr": 1e-4, "amp": "bf16", "workers": args.workers}
