@@ -31,7 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
 """Every kind of plain timm ViT, as arguments to `small_vit`."""
 
 STARTS_DENSE = {"adavit"}
-"""Methods that start with everything on, as the dense model; to see them at work, `Case.slim` gives them a budget."""
+"""Methods that start with everything on, as the dense model; to see them at work, `Case.at_work` lets them decide
+at random."""
 
 METHODS = [
     "dgssa:layers=0,2",
@@ -99,13 +100,12 @@ class Case:
         """Whether all that it applies changes nothing before training."""
         return {method.name for method in self.methods()} <= STARTS_DENSE
 
-    def at_work(self, lean: VisionTransformer, images: torch.Tensor) -> VisionTransformer:
+    def at_work(self, lean: VisionTransformer) -> VisionTransformer:
         """The lean model where it skips something, whether or not it would before training."""
         if any(method.name in STARTS_DENSE for method in self.methods()):
             for name, parameter in lean.named_parameters():
                 if ".decide." in name:
                     torch.nn.init.normal_(parameter)
-            leanvit.set_budget(lean, 0.7, images)
         return lean
 
 

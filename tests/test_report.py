@@ -481,7 +481,8 @@ class TestCommands:
         options = ("--data-dir", photos, "--num-bench-iter", 1, "--device", "cpu", "--output", out)
         result = self.run("report", *runs, *options)
         assert result.exit_code == 0, result.output
-        assert "report.html" in result.output and "student classifies" in out.read_text(encoding="utf-8")
+        text = out.read_text(encoding="utf-8")  # how fast so small a model is, and so what is said of it, is chance
+        assert "report.html" in result.output and "student" in text and "MACs" in text
         again = self.run("report", *runs, *options)
         assert again.exit_code == 2 and "exists; give another --output, or --overwrite" in again.output
 
