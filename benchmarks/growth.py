@@ -63,7 +63,7 @@ def draw(rows: list[Row], path: Path) -> None:
     over, below = "infer_img_size", "side of the image, px"
     if len({row["infer_batch_size"] for row in rows}) > 1:
         over, below = "infer_batch_size", "images a batch"
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     names = list(dict.fromkeys(row["model"] for row in rows))
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
     for axis, key, label in zip(
@@ -85,7 +85,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_xticks(steps, [str(step) for step in steps])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         figure.savefig(part, format="png", dpi=120)
