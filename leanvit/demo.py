@@ -37,6 +37,8 @@ DENSE_TRAINING = TrainConfig(
     epochs=12, batch_size=32, lr=3e-3, opt="muon", warmup_epochs=2, smoothing=0.0, device="cpu"
 )
 LEAN_TRAINING = replace(DENSE_TRAINING, epochs=4, lr=1e-3, warmup_epochs=1)
+# Decisions start far on the safe side: in so few steps they move only at a rate of their own.
+DECIDING_TRAINING = replace(LEAN_TRAINING, lr=1e-2, inherited_lr_scale=0.1)
 
 SPEED_MODEL = "deit_tiny_patch16_224"
 
@@ -75,7 +77,7 @@ def run(output: Path, json: Path | None = None) -> None:
         "handwritten digits, and random images where it says so",
         "leanvit demo",
         seed=DENSE_TRAINING.seed,
-        settings={"dense training": DENSE_TRAINING, "distillation": LEAN_TRAINING},
+        settings={"dense training": DENSE_TRAINING, "distillation": LEAN_TRAINING, "of decisions": DECIDING_TRAINING},
         environment=machine(environment()),
     )
     page = page_of(dense, lean, comparison, source)
@@ -138,7 +140,9 @@ def lean_vit(dense: VisionTransformer, recipe: tuple[Method, ...]) -> VisionTran
     images = open_data(DATA, dense, split="train")
     lean = slim(dense, *recipe, images=images)
     warm_start(lean, dense, images)
-    distill(lean, dense, open_data(DATA, dense, training=True), config=LEAN_TRAINING)
+    decides = any(method.has_budget for method in recipe)
+    config = DECIDING_TRAINING if decides else LEAN_TRAINING
+    distill(lean, dense, open_data(DATA, dense, training=True), config=config)
     return lean
 
 

@@ -10,7 +10,6 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-import leanvit
 from leanvit.methods import Method, parse
 
 SIZE = 32
