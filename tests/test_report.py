@@ -180,7 +180,7 @@ class TestHeadline:
         lean = leanvit.slim(dense, Everything())
         found = Explainer(lean, rounds=1)(photos / "kind 0" / "kind 0-0.png")
         assert headline.ignored({"all": [found]}) == (
-            "In the 1 photos below, its last block works on 8 tokens in place of 16 patches "
+            "In the photo below, its last block works on 8 tokens in place of 16 patches "
             "and over all blocks it leaves out 62% of the patches."
         )
         plain = Explainer(leanvit.slim(dense), rounds=1)(photos / "kind 0" / "kind 0-0.png")

@@ -208,7 +208,9 @@ def ignored(galleries: Mapping[str, Sequence[Explanation]]) -> str:
     out /= sum(len(one.blocks) for one in photos)
     parts = []
     if tokens < patches:
-        parts.append(f"its last block works on {brief(tokens)} tokens in place of {patches} patches")
+        several = "s" if tokens > 1 else ""
+        parts.append(f"its last block works on {brief(tokens)} token{several} in place of {patches} patches")
     if out >= 0.005:
         parts.append(f"over all blocks it leaves out {out:.0%} of the patches")
-    return f"In the {len(photos)} photos below, {' and '.join(parts)}." if parts else ""
+    shown = f"{len(photos)} photos" if len(photos) > 1 else "photo"
+    return f"In the {shown} below, {' and '.join(parts)}." if parts else ""

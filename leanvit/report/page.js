@@ -139,7 +139,7 @@ if (document.getElementById("data")) {
     canvas.setAttribute("aria-label", `${name}, ${rows} by ${columns} patches, after block ${state.block}`);
     const left = [...block.out].filter(bit => bit === "1").length;
     at("block-number").textContent = `${state.block} (of 0 to ${shown.blocks.length - 1})`;
-    at("block-text").textContent = `${block.tokens} tokens for ${owner.length} patches` +
+    at("block-text").textContent = `${block.tokens} token${block.tokens > 1 ? "s" : ""} for ${owner.length} patches` +
       (left ? `; ${left} patches left out` : "") + `. In this block: ${block.parts}.`;
     const together = owner.filter((token, patch) => token === owner[state.patch] && block.out[patch] !== "1").length;
     const fate = block.out[state.patch] === "1" ? "is left out here" :
