@@ -9,7 +9,6 @@ from timm.layers import Attention, DropPath, Format, LayerScale, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from .attention import Attended, attend, dense_attention
-from .attention import project as project
 from .model import LeanBlock, Tokens
 from .ops.linear import column_major, linear, takes_onednn
 

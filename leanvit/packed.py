@@ -16,7 +16,8 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from .fast import FastMlp, project
+from .attention import project
+from .fast import FastMlp
 from .model import LeanBlock, Tokens
 from .ops.linear import linear
 from .ops.packed import packed_attention, packed_rows, rounded_up

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..attention import project
 from ..count import count
 from ..errors import ConfigError, MethodError
-from ..fast import project
 from ..model import LeanBlock, Tokens
 from ..ops.linear import linear
 from ..packed import PackedAttention, PackedBlock, Policy
