@@ -30,6 +30,8 @@ QUICK = {"lr": 5e-4, "inherited_lr_scale": 0.4}
 """For methods that move the pretrained weights further."""
 SPARSE = {"lr": 3e-4, "inherited_lr_scale": 0.1}
 """The predictor learns first, then what was inherited, gently."""
+DECISIONS = {"lr": 1e-2, "inherited_lr_scale": 0.02, "token_weight": 0.0}
+"""Decisions learn fast; the teacher's tokens are no aim, since a patch that is left out cannot follow them."""
 TEACHER_EPOCHS = 3
 STUDENTS: dict[str, dict[str, Any]] = {
     "later stages": {"method": LEAN.replace("4,6,8", "6,8,10"), "epochs": 6, "options": GENTLE},
@@ -41,15 +43,15 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "no warm start": {"method": LEAN, "epochs": 4, "warm": False},
     "no guidance": {"method": LEAN.replace("auto:3", "auto:3,guidance=0"), "epochs": 4},
     "adavit": {
-        "method": "adavit",
-        "epochs": 8,
-        "options": {"lr": 3e-3, "inherited_lr_scale": 0.03},
+        "method": "adavit:patches=0.5,heads=0.9,blocks=0.85",
+        "epochs": 7,
+        "options": DECISIONS,
         "warm": False,  # it starts as the dense model
-        "budgets": (0.7, 0.5, 0.35),
+        "budgets": (0.7, 0.6, 0.5),
     },
-    "sparse half": {"method": "sparsifiner:keep=0.5", "epochs": 4, "options": SPARSE},
-    "sparse third": {"method": "sparsifiner:keep=0.3", "epochs": 4, "options": SPARSE},
-    "sparse, pruned": {"method": "sparsifiner:keep=0.25+pruning:keep=0.35", "epochs": 4, "options": SPARSE},
+    "sparse half": {"method": "sparsifiner:keep=0.5", "epochs": 3, "options": SPARSE},
+    "sparse quarter": {"method": "sparsifiner:keep=0.25", "epochs": 3, "options": SPARSE},
+    "sparse, pruned": {"method": "sparsifiner:keep=0.5+pruning:keep=0.77,at=1-11", "epochs": 4, "options": GENTLE},
     "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 4},
     "castling": {"method": "castling", "epochs": 6, "options": QUICK},
     "castling, short": {"method": "castling", "epochs": 3, "options": QUICK},

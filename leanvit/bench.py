@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -86,6 +87,7 @@ def bench(
     _check(batch_sizes, precisions, threads, iterations, warmup)
     check_engines(engines, precisions, device)
     models = {name: deployed_form(model) for name, model in models.items()}
+    _warn_of_random_images(models, images)
     costs = {name: _cost(model, img_size, images) for name, model in models.items()}
     rows: list[Row] = []
     with (
@@ -274,6 +276,16 @@ def _check(
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
     if not precisions:
         raise ConfigError("no precision to time in; fp32 and bf16 are usual")
+
+
+def _warn_of_random_images(models: Mapping[str, nn.Module], images: ImageSource | None) -> None:
+    for name, model in models.items():
+        if images is None and isinstance(model, LeanModel) and model.lean.data_dependent:
+            warnings.warn(
+                f"{name}: what it costs depends on the image, and random images say little of photos; give images "
+                "(--data-dir)",
+                stacklevel=3,
+            )
 
 
 def _cost(model: nn.Module, img_size: int | tuple[int, int] | None, images: ImageSource | None) -> Cost:

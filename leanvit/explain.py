@@ -330,8 +330,7 @@ class Explainer:
 
     def _macs(self, name: str, model: nn.Module, image: Tensor) -> float:
         """Counted on each photo only where a method's cost depends on it."""
-        methods = model.lean.methods if isinstance(model, LeanModel) else ()
-        if any(method.data_dependent for method in methods):
+        if isinstance(model, LeanModel) and model.lean.data_dependent:
             return count(model, images=image).macs
         if name not in self.constant_macs:
             self.constant_macs[name] = count(model, images=image).macs

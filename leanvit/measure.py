@@ -228,7 +228,7 @@ class _Counts:
 
 def decides_per_image(model: nn.Module) -> bool:
     """Whether what a deployed model computes, and so its cost, depends on the image."""
-    return isinstance(model, LeanModel) and model.lean.deployed and any(m.data_dependent for m in model.lean.methods)
+    return isinstance(model, LeanModel) and model.lean.deployed and model.lean.data_dependent
 
 
 def _damaged(dataset: Dataset[Any]) -> tuple[str, ...]:

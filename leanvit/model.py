@@ -306,6 +306,11 @@ class LeanInfo:
     deployed: bool = False
     digests: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def data_dependent(self) -> bool:
+        """Whether what the deployed form computes, and so its cost, depends on the image."""
+        return any(method.data_dependent for method in self.methods)
+
     def __str__(self) -> str:
         return "+".join(map(str, self.methods)) or "no method"
 

@@ -69,11 +69,7 @@ def measure(
             top1[name, precision] = evaluate(ready, images, workers=workers, progress=progress).row()
     for engine in engines:
         taken = {name: model for name, model in models.items() if ENGINES[engine].takes(model)}
-        needs_images = any(
-            method.data_dependent
-            for model in taken.values()
-            for method in (model.lean.methods if isinstance(model, LeanModel) else ())
-        )
+        needs_images = any(isinstance(model, LeanModel) and model.lean.data_dependent for model in taken.values())
         rows += bench(
             taken,
             images=data if needs_images else None,

@@ -8,51 +8,10 @@ import pytest
 import torch
 
 import leanvit
-from leanvit.methods import parse
 from leanvit.methods.base import claim_attention
 
 from .contract import photos, small_vit
 from .test_train import Images
-
-BAD = [
-    ("castling:kernel=4", "kernel=4 is not an odd number of taps"),
-    ("castling:kernel=-3", "kernel=-3 is not an odd number"),
-    ("castling:kernel=2.5", r"kernel=2\.5 is not an odd number"),
-    ("castling:conv=spiral", "conv='spiral' is not one of grid, tokens"),
-    ("castling:layers=some", "layers='some' is not 'all', a range such as '4-11' or block indices"),
-    ("castling:layers=auto:2", "layers='auto:2' is not 'all'"),
-    ("castling:layers=1,1", "each given once"),
-    ("castling:layers=3-1", "'3-1' is an empty range"),
-    ("castling:auxiliary=1.5", r"auxiliary=1\.5 is not in \[0, 1\]"),
-    ("castling:auxiliary=-0.1", r"auxiliary=-0\.1 is not in"),
-    ("castling:auxiliary=long", "auxiliary='long' is not a number"),
-    ("castling:threshold=0", r"threshold=0 is not in \(0, 1\]"),
-    ("castling:threshold=2", "threshold=2 is not in"),
-    ("castling:threshold=nan", "threshold=nan is not a number"),
-    ("castling:sparsity_weight=-1", "sparsity_weight=-1 is negative"),
-]
-
-UNFIT = [
-    ("castling:kernel=5", "kernel=5 is larger than the patch grid of 4×4; use at most 4"),
-    ("castling:layers=4", "castling: block 4 does not exist"),
-    ("castling:kernel=3+dgssa:layers=1", "dgssa: the attention of block 1 is castling's already"),
-    ("dgssa:layers=1+castling:kernel=3", "castling: the attention of block 1 is dgssa's already; give each block"),
-    ("castling:kernel=3+sparsifiner:layers=2,keep=0.5", "sparsifiner: the attention of block 2 is castling's already"),
-    ("castling:kernel=3+pruning:at=1", "pruning: block 1 cannot score tokens: its attention .castling.* no queries"),
-    ("castling:kernel=3+glad:at=2", "block 2 needs to know the place of each token, but glad .*or conv=tokens"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), BAD)
-def test_bad_parameters(text, message):
-    with pytest.raises(leanvit.ConfigError, match=message):
-        parse(text)
-
-
-@pytest.mark.parametrize(("text", "message"), UNFIT)
-def test_parameters_that_do_not_fit_the_model(text, message):
-    with pytest.raises(leanvit.MethodError, match=message):
-        leanvit.slim(small_vit(), *parse(text))
 
 
 def test_layers_as_people_write_them():

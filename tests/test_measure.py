@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import warnings
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+import leanvit
 from leanvit import errors
 from leanvit.bench import bench, peak_memory, realised_share, take_turns
 from leanvit.count import count, deployed_form, evaluating
@@ -241,6 +243,17 @@ def test_bench_on_real_images(tiny_vit):
                  iterations=1, progress=False)  # fmt: skip
     assert [row["infer_batch_size"] for row in rows] == [1, 1, 8, 8]
     assert {row["infer_img_size"] for row in rows} == {32}
+
+
+def test_bench_says_when_random_images_tell_little(tiny_vit):
+    adaptive = leanvit.slim(tiny_vit, leanvit.AdaViT())
+    once = {"batch_sizes": (1,), "precisions": ("fp32",), "threads": 1, "iterations": 1, "progress": False}
+    with pytest.warns(UserWarning, match="lean: what it costs depends on the image.*give images"):
+        bench((tiny_vit, adaptive), **once)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bench((tiny_vit, adaptive), images=torch.randn(1, 3, 32, 32), **once)
+        bench((tiny_vit, leanvit.slim(tiny_vit)), **once)
 
 
 def test_bench_restores_the_number_of_threads(tiny_vit):

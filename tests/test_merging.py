@@ -14,43 +14,6 @@ from leanvit.ops.merge import match, merge, merge_reference
 
 from .contract import photos, small_vit
 
-BAD = [
-    ("merging:r=-1", r"merging: r=-1 is not a number of tokens"),
-    ("merging:r=0.5", r"merging: r=0\.5 is not a number of tokens"),
-    ("merging:r=2,-2", r"merging: r=-2 is not a number of tokens"),
-    ("merging:r=4,keep=0.5", r"merging: r=4 and keep=0\.5 are both given"),
-    ("merging:keep=0", r"merging: keep=0 is not in \(0, 1\]"),
-    ("merging:keep=1.1", r"merging: keep=1\.1 is not in \(0, 1\]"),
-    ("merging:keep=0.5,0.5", r"merging: keep=\(0\.5, 0\.5\) must be one share"),
-    ("merging:first=-1", r"merging: first=-1 is not a block"),
-    ("merging:r=2,2,2,2,first=1", r"merging: first=1 beside r for each block"),
-]
-
-UNFIT = [
-    ("merging:r=2,2,2", "merging: r has 3 values for 4 blocks; give one, or one a block"),
-    ("merging:first=4", "merging: block 4 does not exist"),
-    ("merging:keep=0.2,first=3", r"merging: keep=0\.2 would merge more than half of the tokens of one block"),
-    ("dgssa:layers=2+merging:r=2", "dgssa: block 2 needs every token at its place, but merging reduces .* in block 0"),
-    (
-        "dgssa:layers=0+merging:r=2",
-        r"merging: block 0 cannot match tokens: its attention \(static attention, .*\) has no keys to tell",
-    ),
-    ("merging:r=2+glad:at=2", "glad: block 2 needs the same tokens in every image, but merging reduces"),
-    ("pruning:at=1+merging:r=2", "merging: block 1 reduces its tokens by pruning already; use other blocks"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), BAD)
-def test_bad_parameters(text, message):
-    with pytest.raises(leanvit.ConfigError, match=message):
-        parse(text)
-
-
-@pytest.mark.parametrize(("text", "message"), UNFIT)
-def test_parameters_that_do_not_fit_the_model(text, message):
-    with pytest.raises(leanvit.MethodError, match=message):
-        leanvit.slim(small_vit(), *parse(text))
-
 
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(

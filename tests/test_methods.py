@@ -14,59 +14,6 @@ from leanvit.methods.glad import place_stages
 
 from .contract import photos, small_vit
 
-BAD = [
-    ("dgsa", r"unknown method 'dgsa'; known are .*dgssa"),
-    ("dgssa:layer=1", "dgssa has no parameter 'layer'; it has layers"),
-    ("dgssa:layers", "'layers' is not of the form parameter=value"),
-    ("dgssa:layers=auto:0", "'auto:0' is not"),
-    ("dgssa:layers=some", "'some' is not a list of blocks"),
-    ("dgssa:layers=1,1", "each given once"),
-    ("dgssa:layers=-1", "block indices from 0"),
-    ("dgssa:layers=0.5", "layers=0.5 must be block indices"),
-    ("dgssa:guidance=2", "guidance=2 is not in"),
-    ("dgssa:guidance=soon", "guidance='soon' is not a number"),
-    ("dgssa:guidance_weight=-1", "guidance_weight=-1 is negative"),
-    ("dgssa:max_mb=0", "max_mb=0 is not positive"),
-    ("dgssa:layers=3-1", "'3-1' is an empty range"),
-    ("dgssa:guidance=nan", "guidance=nan is not a number"),
-    ("dgssa:layers=1,layers=2", "a parameter is given twice"),
-    ("dgssa+", "unknown method ''"),
-    ("", "unknown method ''"),
-    ("glad:keep=0", "keep=0 is not in"),
-    ("glad:keep=1.5", "keep=1.5 is not in"),
-    ("glad:keep=half", "keep='half' is not in"),
-    ("glad:at=2,2", "each given once"),
-]
-
-UNFIT = [
-    ("dgssa:layers=4", "dgssa: block 4 does not exist; the model has blocks 0 to 3"),
-    ("glad:at=9", "glad: block 9 does not exist"),
-    ("glad:at=1,2,keep=0.5,0.5,0.5", "keep has 3 values for 2 stages"),
-    ("dgssa:layers=auto:3+glad:at=2", "asks for 3 layers and only 2 come before tokens are reduced"),
-    ("dgssa:layers=auto:5", "asks for 5 layers and only 4"),
-    (
-        "glad:at=1+dgssa:layers=1",
-        "dgssa: block 1 needs every token at its place, but glad reduces the tokens before block 1",
-    ),
-    ("dgssa:layers=0,3+glad:at=2", "dgssa: block 3 needs every token"),
-    ("dgssa:layers=0,max_mb=0.001", r"takes 0\.00347 MB a layer, over max_mb=0\.001; use a smaller input"),
-    ("glad:at=1+glad:at=2", "glad is given more than once"),
-    ("glad:at=auto,keep=0.1", "no place for stage"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), BAD)
-def test_bad_parameters(text, message):
-    with pytest.raises(leanvit.ConfigError, match=message):
-        parse(text)
-
-
-@pytest.mark.parametrize(("text", "message"), UNFIT)
-def test_parameters_that_do_not_fit_the_model(text, message):
-    vit = small_vit()
-    with pytest.raises(leanvit.MethodError, match=message):
-        leanvit.slim(vit, *parse(text), images=photos(vit))
-
 
 def test_no_layers_at_all():
     with pytest.raises(leanvit.ConfigError, match="layers is empty"):

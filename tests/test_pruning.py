@@ -7,46 +7,10 @@ import torch
 
 import leanvit
 from leanvit.analysis import attention_map
-from leanvit.methods import parse
 from leanvit.methods.pruning import tokens_kept
 from leanvit.ops import tokens as ops
 
 from .contract import MODELS, photos, small_vit
-
-BAD = [
-    ("pruning:keep=0", r"pruning: keep=0 is not in \(0, 1\]"),
-    ("pruning:keep=-0.5", r"pruning: keep=-0\.5 is not in"),
-    ("pruning:keep=1.5", r"pruning: keep=1\.5 is not in"),
-    ("pruning:keep=most", r"pruning: keep='most' is not in"),
-    ("pruning:at=2,1", r"pruning: at=\(2, 1\) is out of order"),
-    ("pruning:at=1,1", "each given once"),
-    ("pruning:at=-1", "block indices from 0"),
-    ("pruning:at=auto", "pruning: at='auto' is not a list of blocks"),
-    ("pruning:fuse=1", "pruning: fuse=1 is neither true nor false"),
-]
-
-UNFIT = [
-    ("pruning:at=1,4", "pruning: block 4 does not exist; the model has blocks 0 to 3"),
-    ("pruning:at=1,2,keep=0.5,0.5,0.5", "pruning: keep has 3 values for 2 stages"),
-    (
-        "dgssa:layers=0,1+pruning:at=1",
-        r"pruning: block 1 cannot score tokens: its attention \(static attention, .*\) has no queries to tell",
-    ),
-    ("pruning:at=1+dgssa:layers=2", "dgssa: block 2 needs every token at its place, but pruning reduces .* in block 1"),
-    ("pruning:at=1+glad:at=2", "glad: block 2 needs the same tokens in every image, but pruning reduces"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), BAD)
-def test_bad_parameters(text, message):
-    with pytest.raises(leanvit.ConfigError, match=message):
-        parse(text)
-
-
-@pytest.mark.parametrize(("text", "message"), UNFIT)
-def test_parameters_that_do_not_fit_the_model(text, message):
-    with pytest.raises(leanvit.MethodError, match=message):
-        leanvit.slim(small_vit(), *parse(text))
 
 
 @pytest.mark.parametrize("name", ["class token", "average pooling", "registers"])

@@ -161,8 +161,8 @@ def _mean(values: torch.Tensor, at: torch.Tensor) -> float:
 
 def cost_of(model: Any, images: ImageData | Subset[Any]) -> Cost:
     """What a model costs on paper; the mean of some images where it depends on them."""
-    methods = model.lean.methods if isinstance(model, LeanModel) else ()
-    if not any(method.data_dependent for method in methods):
+    adapts = isinstance(model, LeanModel) and model.lean.data_dependent
+    if not adapts:
         return count(model)
     data, readable = _readable(images)
     batch = [data[readable[place]] for place in _spread(len(readable), COSTED)]

@@ -167,7 +167,11 @@ if (document.getElementById("data")) {
     }));
     if (turn !== drawing) return;  // something else was chosen meanwhile
     if (figures.length) at("maps").replaceChildren(...figures);
-    else at("maps").replaceChildren(element("p", "This block keeps every patch and offers no attention map; move the slider to one that does.", "muted"));
+    else {
+      const elsewhere = now().shown.blocks.some(other => other.maps.length);
+      const text = "No attention is drawn for this block" + (elsewhere ? "; move the slider to one that offers it." : ", nor for others.");
+      at("maps").replaceChildren(element("p", text, "muted"));
+    }
   }
 
   function drawUsage() {
