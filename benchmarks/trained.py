@@ -44,12 +44,12 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "no guidance": {"method": LEAN.replace("auto:3", "auto:3,guidance=0"), "epochs": 4},
     "adavit": {
         "method": "adavit:patches=0.5,heads=0.9,blocks=0.85",
-        "epochs": 7,
+        "epochs": 6,
         "options": DECISIONS,
         "warm": False,  # it starts as the dense model
         "budgets": (0.7, 0.6, 0.5),
     },
-    "sparse half": {"method": "sparsifiner:keep=0.5", "epochs": 3, "options": SPARSE},
+    "sparse half": {"method": "sparsifiner:keep=0.5", "epochs": 1, "options": SPARSE},
     "sparse quarter": {"method": "sparsifiner:keep=0.25", "epochs": 3, "options": SPARSE},
     "sparse, pruned": {"method": "sparsifiner:keep=0.5+pruning:keep=0.77,at=1-11", "epochs": 4, "options": GENTLE},
     "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 4},

@@ -99,7 +99,8 @@ class EvalResult:
             low, high = self.macs.quantile(torch.tensor([0.05, 0.95], dtype=self.macs.dtype)).tolist()
             row |= {"gmacs_mean": float(self.macs.mean()) / 1e9, "gmacs_p5": low / 1e9, "gmacs_p95": high / 1e9}
         if self.density:
-            row["density"] = {layer: heads.tolist() for layer, heads in self.density.items()}
+            row["density"] = float(torch.stack(list(self.density.values())).mean())
+            row["density_by_layer"] = {layer: heads.tolist() for layer, heads in self.density.items()}
         return row
 
 

@@ -18,6 +18,7 @@ from leanvit.methods.sparsifiner import (
     sparse_basis,
 )  # fmt: skip
 from leanvit.ops.sparse import TOP
+from leanvit.report.tables import Table
 
 from .contract import photos, small_vit
 
@@ -233,7 +234,9 @@ def test_evaluation_tells_the_density_by_layer_and_head():
         assert result.density.keys() == {1, 3}
         expected = torch.full((3,), (17 + 16 * math.ceil(0.3 * 17)) / 17**2)
         assert all(torch.allclose(heads, expected) for heads in result.density.values())
-        assert result.row()["density"].keys() == {1, 3}
+        row = result.row()
+        assert row["density_by_layer"].keys() == {1, 3} and row["density"] == pytest.approx(float(expected[0]))
+        assert "density_by_layer" not in str(Table([row]))
 
 
 def test_masked_training_is_attention_to_the_chosen_keys():

@@ -43,7 +43,7 @@ COLUMNS = (
         "infer_macts",
     ),
     # ours
-    *("method", "budget", "teacher", "top1_diff", "agreement", "gmacs_mean", "gmacs_p5", "gmacs_p95"),
+    *("method", "budget", "teacher", "top1_diff", "agreement", "gmacs_mean", "gmacs_p5", "gmacs_p95", "density"),
     *(
         "latency_p50",
         "latency_p90",
@@ -76,6 +76,7 @@ _PRINTED = {
     "gmacs_mean": ("GMACs mean", "{:.3f}"),
     "gmacs_p5": ("5 %", "{:.3f}"),
     "gmacs_p95": ("95 %", "{:.3f}"),
+    "density": ("keys", "{:.1%}"),
     "macs_share": ("share", "{:.1%}"),
     "param_count": ("params M", "{:.3f}"),
     "infer_img_size": ("px", "{}"),
@@ -111,12 +112,13 @@ class Table:
     title: str = ""
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV, columns in timm's order, the file there only when whole."""
-        columns = column_order(self.rows)
+        """Write the rows as CSV, columns in timm's order, whole or not at all; nested values are for JSON."""
+        flat = [{name: value for name, value in row.items() if not _nested(value)} for row in self.rows]
+        columns = column_order(flat)
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _in_file(value) for name, value in row.items()} for row in self.rows)
+        writer.writerows({name: _in_file(value) for name, value in row.items()} for row in flat)
         _write(path, text.getvalue())
 
     def to_json(self, path: str | Path, **about: Any) -> None:
@@ -129,7 +131,7 @@ class Table:
         _write(path, json.dumps({**about, "rows": list(self.rows)}, indent=2, default=str) + "\n")
 
     def __rich__(self) -> RichTable:
-        known = {name for row in self.rows for name, value in row.items() if value is not None}
+        known = {name for row in self.rows for name, value in row.items() if value is not None and not _nested(value)}
         columns = [name for name in _PRINTED if name in known]
         columns += [name for name in column_order(self.rows) if name in known and name not in (*_PRINTED, *COLUMNS)]
         if all(row.get("method") in (row.get("model"), None, "dense") for row in self.rows):
@@ -189,6 +191,10 @@ def read_csv(path: str | Path) -> list[Row]:
 def _write(path: str | Path, text: str) -> None:
     with written_whole(path) as part:
         part.write_text(text)
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
 
 
 def _heading(name: str) -> str:
