@@ -11,6 +11,7 @@ STAMP  := $(VENV)/.made-from-pyproject
 PYTHON ?= $(shell for python in python3 python python3.14 python3.13 python3.12 python3.11; do \
             $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 ARGS   ?=
+DATA   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench venv clean
@@ -29,10 +30,24 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-# The speed tables of docs/results. The accuracy tables need weights and photos: see docs/measuring.md.
+# The speed tables of docs/results. DATA=folder, of weights and photos (docs/measuring.md), adds all others: hours, but
+# students that are trained already are not trained again.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 	$(BIN)/python benchmarks/skipping.py
+ifneq ($(DATA),)
+	$(BIN)/python benchmarks/sparse_attention.py $(DATA)
+	$(BIN)/python benchmarks/merging.py
+	$(BIN)/python benchmarks/merging.py $(DATA)
+	$(BIN)/python benchmarks/off_the_shelf.py $(DATA)
+	$(BIN)/python benchmarks/sparse_patterns.py $(DATA)
+	$(BIN)/python benchmarks/trained.py $(DATA)
+	$(BIN)/python benchmarks/trained.py $(DATA) --img-size 224 --only "sparse half" "sparse quarter" "sparse, pruned" adavit castling
+	$(BIN)/python benchmarks/precision.py $(DATA) --runs runs/trained
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/growth.py --img-size 224 --batch-size 1 4 16 64 --output docs/results/growth_batch --plot docs/images/growth-batch.png
+	$(BIN)/python benchmarks/pictures.py $(DATA)
+endif
 
 venv: $(STAMP)
 

@@ -9,6 +9,7 @@ DATA_DIR holds ``deit_tiny_patch16_224.safetensors`` and ``imagenette-train.tar`
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,12 @@ QUERY = (6, 4)
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#BBBBBB"
 
+TRAINED = Path("docs/results/trained")
+FAMILIES = {"dgssa": BLUE, "castling": ORANGE, "sparsifiner": GREEN, "adavit": "#CC79A7"}
+"""The first method of a student, and its colour."""
+ABLATIONS = ("main", "main, short", "no warm start", "no guidance", "first layers")
+"""Students that show what a part is worth, and are not drawn."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,7 +50,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    pictures = {"macs-by-block": macs_by_block(), "glad-pyramid": glad_pyramid()}
+    pictures = {"macs-by-block": macs_by_block(), "glad-pyramid": glad_pyramid(), "trained": trained()}
     if args.data_dir:
         vit = resolve_model(MODEL, checkpoint=args.data_dir / f"{MODEL}.safetensors")
         photos = str(args.data_dir / "imagenette-train.tar")
@@ -117,6 +124,33 @@ def glad_pyramid() -> Figure:
     for axes, labels, where in zip(figure.subplots(1, 4), stages, ("blocks 0–5", "6–7", "8–9", "10–11"), strict=True):
         _draw_cells(axes, labels.reshape(GRID))
         axes.set_title(f"{where}: {int(labels.max()) + 1} tokens", fontsize=11)
+    return figure
+
+
+def trained() -> Figure:
+    """Accuracy of the trained students against their MACs, from the files of ``docs/results/trained``."""
+    rows = [json.loads(file.read_text())["row"] for file in sorted(TRAINED.glob("*.json"))]
+    sizes = sorted({row["img_size"] for row in rows})
+    figure = _figure(9.6, 3.9)
+    for axes, size in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes, strict=True):
+        here = [row for row in rows if row["img_size"] == size]
+        (teacher,) = (row["top1"] for row in here if row["student"] == "teacher")
+        for (family, colour), marker in zip(FAMILIES.items(), "osD^", strict=True):
+            points = [
+                (1 / point["macs_ratio"], point["top1"])
+                for row in here
+                if row.get("method", "").partition(":")[0] == family and row["student"] not in ABLATIONS
+                for point in row.get("budgets", [row])
+            ]
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), marker, color=colour, label=family, zorder=3)
+        axes.axhline(teacher, color="0.35", linewidth=1)
+        axes.axhline(teacher - 1, color="0.35", linewidth=1, linestyle=":")
+        axes.annotate("teacher; dotted: one point below", (0.02, teacher), (0, 3), "data", "offset points", fontsize=8)
+        axes.set_title(f"{size} px, ten classes", fontsize=11)
+        axes.set(xlabel="MACs, share of the teacher's", ylabel="top-1, %", xlim=(0, 1.05))
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        _plain(axes)
     return figure
 
 
