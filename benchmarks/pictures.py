@@ -132,7 +132,7 @@ def trained() -> Figure:
     rows = [json.loads(file.read_text())["row"] for file in sorted(TRAINED.glob("*.json"))]
     sizes = sorted({row["img_size"] for row in rows})
     figure = _figure(9.6, 3.9)
-    for axes, size in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes, strict=True):
+    for axes, size in zip(np.atleast_1d(figure.subplots(1, len(sizes), sharey=True)), sizes, strict=True):
         here = [row for row in rows if row["img_size"] == size]
         (teacher,) = (row["top1"] for row in here if row["student"] == "teacher")
         for (family, colour), marker in zip(FAMILIES.items(), "osD^", strict=True):
@@ -149,7 +149,7 @@ def trained() -> Figure:
         axes.annotate("teacher; dotted: one point below", (0.02, teacher), (0, 3), "data", "offset points", fontsize=8)
         axes.set_title(f"{size} px, ten classes", fontsize=11)
         axes.set(xlabel="MACs, share of the teacher's", ylabel="top-1, %", xlim=(0, 1.05))
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        axes.legend(frameon=False, fontsize=9, loc="lower left")
         _plain(axes)
     return figure
 
