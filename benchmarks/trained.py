@@ -21,6 +21,7 @@ import torch
 import leanvit
 from leanvit.measure import environment
 from leanvit.methods import parse
+from leanvit.ops.processor import has_bf16
 from leanvit.store import resolve_model
 
 LEAN = "dgssa:layers=auto:3+glad:at=4,6,8"
@@ -32,6 +33,7 @@ SPARSE = {"lr": 3e-4, "inherited_lr_scale": 0.1}
 """The predictor learns first, then what was inherited, gently."""
 DECISIONS = {"lr": 1e-2, "inherited_lr_scale": 0.02, "token_weight": 0.0}
 """Decisions learn fast; the teacher's tokens are no aim, since a patch that is left out cannot follow them."""
+AMP = "bf16" if has_bf16() else ""
 TEACHER_EPOCHS = 3
 STUDENTS: dict[str, dict[str, Any]] = {
     "later stages": {"method": LEAN.replace("4,6,8", "6,8,10"), "epochs": 6, "options": GENTLE},
@@ -101,7 +103,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[torch.nn.Module, float]:
     if not (folder / f"checkpoint-{TEACHER_EPOCHS}").exists():
         weights = args.data_dir / "deit_tiny_patch16_224.safetensors"
         model = resolve_model("deit_tiny_patch16_224", checkpoint=weights, num_classes=10, img_size=args.img_size)
-        options = {"epochs": TEACHER_EPOCHS, "lr": 1e-4, "amp": "bf16", "workers": args.workers}
+        options = {"epochs": TEACHER_EPOCHS, "lr": 1e-4, "amp": AMP, "workers": args.workers}
         leanvit.train(model, data(args)[0], output=folder, resume=True, **options)
     model = leanvit.load(folder / "last")
     return model, leanvit.evaluate(model, data(args)[1], progress=False).top1
@@ -122,7 +124,7 @@ def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> di
     row["top1_before"] = leanvit.evaluate(leanvit.deploy(lean), val, progress=False).top1
     start = time.perf_counter()
     # No held-out data while training: it would choose the epoch by the photos that give the figure.
-    options = {"epochs": recipe["epochs"], "seed": seed, "amp": "bf16", "lr": 3e-4, "workers": args.workers}
+    options = {"epochs": recipe["epochs"], "seed": seed, "amp": AMP, "lr": 3e-4, "workers": args.workers}
     options |= recipe.get("options", {})
     folder = args.runs / f"{slug(name)}-{args.img_size}"
     leanvit.distill(lean, teacher, train, output=folder, resume=True, **options)

@@ -25,6 +25,7 @@ from .data import image_batches
 from .engines import ENGINES, Engine, check_engines
 from .errors import ConfigError
 from .model import LeanModel
+from .ops.processor import has_bf16, warn_of_emulation
 from .report.tables import Row
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def bench(
     img_size: int | tuple[int, int] | None = None,
     images: ImageSource | None = None,
     batch_sizes: Sequence[int] = (1, 32),
-    precisions: Sequence[str] = ("fp32", "bf16"),
+    precisions: Sequence[str] | None = None,
     engines: Sequence[str] = ("torch",),
     threads: int = 2,
     iterations: int | None = None,
@@ -66,7 +67,8 @@ def bench(
             ones when not given, which is good enough only for models whose cost does not depend on the image.
         batch_sizes: Images a batch.
         precisions: "fp32", "bf16", "fp16" or "int8", as the engines have them (`leanvit.engines`); in torch, weights
-            and images are cast, nothing is done by autocast.
+            and images are cast, nothing is done by autocast. When not given, fp32, and bf16 where the device computes
+            in it.
         engines: What runs the models: "torch", "compile", "onnxruntime", "openvino". In each, models take turns with
             the first one in the same engine.
         threads: CPU threads.
@@ -84,10 +86,15 @@ def bench(
         raise ConfigError("both img_size and images are given; images have their size")
     models = _named(models)
     device = torch.device(device)
+    if precisions is None:
+        usual = has_bf16(device.type) and all("bf16" in ENGINES[name].precisions for name in engines if name in ENGINES)
+        precisions = ("fp32", "bf16") if usual else ("fp32",)
     _check(batch_sizes, precisions, threads, iterations, warmup)
     check_engines(engines, precisions, device)
     models = {name: deployed_form(model) for name, model in models.items()}
     _warn_of_random_images(models, images)
+    if "bf16" in precisions:
+        warn_of_emulation(device.type)
     costs = {name: _cost(model, img_size, images) for name, model in models.items()}
     rows: list[Row] = []
     with (

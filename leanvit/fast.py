@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import Attended, attend, dense_attention
 from .model import LeanBlock, Tokens
-from .ops.linear import column_major, linear, takes_onednn
+from .ops.linear import column_major, infers_on_cpu, linear
 
 
 class FastLinear(nn.Linear):
@@ -50,7 +50,7 @@ class FastPatchEmbed(PatchEmbed):
         batch, channels, height, width = x.shape
         rows, columns = self.patch_size
         divides = height % rows == 0 and width % columns == 0
-        if not divides or self.img_size != (height, width) or not takes_onednn(x, self.proj.weight):
+        if not divides or self.img_size != (height, width) or not infers_on_cpu(x, self.proj.weight):
             return super().forward(x)  # cropped, padded or refused there
         patches = x.reshape(batch, channels, height // rows, rows, width // columns, columns).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(batch, -1, channels * rows * columns)  # (B, h·w, 3·p·p)

@@ -27,6 +27,7 @@ from .engines import PRECISIONS, check_engines
 from .errors import ConfigError, DataError, UnsupportedModelError
 from .model import LeanModel
 from .objective import Teacher
+from .ops.processor import has_bf16, warn_of_emulation
 from .record import Recorder, record
 from .report.tables import Row, Table
 
@@ -154,6 +155,8 @@ def evaluate(
     model.to(device)
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
     autocast = torch.autocast(device.type, AMP[amp]) if amp else nullcontext()
+    if amp == "bf16":
+        warn_of_emulation(device.type)
     counts = _Counts(constant_macs(model) if decides_per_image(model) else 0.0)
     with evaluating(model), evaluating(model if teacher is None else teacher), torch.inference_mode(), autocast:
         guide = None if teacher is None else Teacher(teacher.to(device), model, tokens=False)
@@ -363,6 +366,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": has_bf16(),
         "onednn": torch.backends.mkldnn.is_available(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "torch_config": _torch_config(),

@@ -32,6 +32,7 @@ from .data import class_names, loader, open_data, open_held_out, report_damage
 from .errors import ConfigError, DataError, TrainingDiverged
 from .model import LeanModel, digests
 from .objective import Objective, Teacher
+from .ops.processor import warn_of_emulation
 from .progress import TrainingBar
 from .runs import Row, RunFolder, reading
 from .store import save
@@ -371,6 +372,8 @@ def _accelerator(config: TrainConfig, output: str | os.PathLike[str] | None, lea
         raise ConfigError(f"device {config.device!r} is not there; accelerate found {device!r}")
     if accelerator.mixed_precision == "fp16" and device == "cpu":
         raise ConfigError("fp16 is not for training on a CPU; amp='bf16' is")
+    if accelerator.mixed_precision == "bf16":
+        warn_of_emulation(device)
     return accelerator
 
 

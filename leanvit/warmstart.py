@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
 from .model import LeanBlock, LeanModel, Tokens, with_blocks
+from .ops.processor import has_bf16
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -238,7 +239,8 @@ class _Regression:
 
 
 def _block_loss(block: LeanBlock, error: _Error, tokens: Tokens, dense: Tensor) -> Tensor:
-    with torch.autocast(dense.device.type, torch.bfloat16):
+    kind = dense.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=has_bf16(kind)):
         output = block(tokens)
     return error(output, dense)
 

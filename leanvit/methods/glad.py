@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputSizeError, MethodError
 from ..model import Tokens
-from ..ops.aggregate import aggregation_weights, cell_centres, partition
+from ..ops.aggregate import aggregate, aggregation_weights, cell_centres, partition
 from ..record import offer
 from . import register
 from .base import LeanModule, Method, Plan, auto_count, block_indices, check_shares, grid_positions, one_each
@@ -127,7 +127,7 @@ class Aggregation(LeanModule):
             )
         weights = aggregation_weights(self.norm(patches), self.weight, self.bias)  # (B, M, N)
         offer("aggregation", self.layer, lambda: weights)
-        return tokens.aggregate(weights @ patches, weights)
+        return tokens.aggregate(aggregate(patches, weights), weights)
 
     def resize(self, old: Grid, new: Grid, positions: Tensor) -> Tensor:
         learned = self.bias.detach() - self.pooling_bias().to(self.bias)

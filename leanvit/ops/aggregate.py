@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from .processor import never_emulated
 
+
+@never_emulated
 def aggregation_weights(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Softmax over the tokens of the scores ``x·W + b``: rows sum to one.
 
@@ -22,6 +25,12 @@ def aggregation_weights(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if torch.compiler.is_exporting():  # an engine would copy the scores to transpose them; it transposes factors free
         return (weight.t() @ x.transpose(1, 2) + bias.t()).softmax(dim=-1)
     return (x @ weight + bias).transpose(1, 2).softmax(dim=-1)
+
+
+@never_emulated
+def aggregate(x: Tensor, weights: Tensor) -> Tensor:
+    """Few tokens as weighted means of many: ``(B, N, C)`` by ``(B, M, N)`` to ``(B, M, C)``."""
+    return weights @ x
 
 
 def partition(positions: Tensor, cells: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear import needs_gradient
+from .processor import never_emulated
 
 SHORTEST = 1e-6
 """Length below which a vector is not stretched to one: a zero vector stays zero."""
@@ -49,6 +50,7 @@ def linear_angular_reference(
     return (unit(mixed) * gain[:, None, None]).transpose(1, 2).flatten(2)
 
 
+@never_emulated
 def linear_angular(
     q: Tensor, k: Tensor, v: Tensor, gain: Tensor, *, beside: Tensor | None = None, size: Tensor | None = None
 ) -> Tensor:

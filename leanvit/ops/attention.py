@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import needs_gradient
+from .processor import has_bf16
 
 SLICE = 2e6
 """Bytes of attention maps that are formed at a time: they stay in cache, and memory stays bounded."""
@@ -53,6 +54,8 @@ def _by_the_map(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 def _forms_the_map(q: Tensor) -> bool:
     if q.dtype is not torch.bfloat16 or not q.is_cpu or needs_gradient(q) or torch.compiler.is_compiling():
+        return False
+    if not has_bf16():
         return False
     batch, heads, tokens, _ = q.shape
     return batch * tokens >= 128 and heads * tokens**2 * q.element_size() <= LARGEST

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import needs_gradient
+from .processor import never_emulated
 
 
 def convolve_reference(image: Tensor, weight: Tensor) -> Tensor:
@@ -22,6 +23,7 @@ def convolve_reference(image: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+@never_emulated
 def convolve(image: Tensor, weight: Tensor) -> Tensor:
     """Depthwise convolution that keeps the size, zero outside: ``h·w·C·k`` MACs an image, k the taps of a filter.
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .processor import never_emulated, prefers_onednn
+
 
 def linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", residual: Tensor | None = None
@@ -26,17 +28,24 @@ def linear_reference(
     return F.gelu(out, approximate=gelu) if gelu else out
 
 
+@never_emulated
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", residual: Tensor | None = None
 ) -> Tensor:
     """A linear layer and the GELU or residual addition behind it; arguments and result of `linear_reference`.
 
-    On a CPU it goes to oneDNN, which adds the bias and does what follows while the product is in registers: nothing the
-    size of an MLP's hidden layer is written twice. oneDNN's fp32 product alone takes half the time of torch's default
-    (MKL) on AMD processors, and is fastest where the weight lies column by column (`column_major`).
+    On a CPU with AVX-512 it goes to oneDNN, which adds the bias and does what follows while the product is in
+    registers: nothing the size of an MLP's hidden layer is written twice. oneDNN's fp32 product alone takes half the
+    time of torch's default (MKL) on such AMD processors. Both are fastest where the weight lies column by column
+    (`column_major`). On other CPUs what follows the product is done in its place.
     """
-    if not takes_onednn(x, weight):
+    if not infers_on_cpu(x, weight):
         return linear_reference(x, weight, bias, gelu=gelu, residual=residual)
+    if not prefers_onednn(x.dtype):
+        out = F.linear(x, weight, bias)
+        if residual is not None:
+            return out.add_(residual)
+        return torch.ops.aten.gelu_(out, approximate=gelu) if gelu else out  # type: ignore[no-any-return]
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")  # type: ignore[no-any-return]
     post = "gelu" if gelu else "none"
@@ -53,22 +62,10 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return ()
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return (torch.float32,)
-    return torch.float32, torch.bfloat16
-
-
-_ONEDNN_DTYPES = _onednn_dtypes()
-
-
-def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's fused linear layer can run on these tensors, now."""
+def infers_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether a linear layer's form for inference on a CPU can run on these tensors, now."""
     return (
         x.is_cpu
-        and x.dtype in _ONEDNN_DTYPES
         and x.dtype is weight.dtype
         and not needs_gradient(x, weight)
         and not torch.compiler.is_compiling()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import needs_gradient
+from .processor import never_emulated
 
 
 def static_attention_reference(static: Tensor, v: Tensor) -> Tensor:
@@ -23,6 +24,7 @@ def static_attention_reference(static: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hqk,bkhd->bqhd", static, heads).flatten(2)
 
 
+@never_emulated
 def static_attention(static: Tensor, v: Tensor) -> Tensor:
     """Mix tokens by one matrix per head: ``N²·C`` MACs an image.
 
