@@ -33,6 +33,9 @@ Batch = TypeVar("Batch")
 
 HELD_OUT = 8
 """One batch in so many is kept from the regression and judges it."""
+RATES = (1.0, 0.1)
+"""A block that does not improve is tried once more with smaller steps: where tokens were only merged or removed, little
+is to be gained and much to be lost."""
 EXACT = 1e-9
 """A block with less error than this does what the dense one does: there is nothing to regress."""
 
@@ -206,24 +209,25 @@ class _Regression:
         if before < EXACT:
             return BlockFit(index, before, before, False)
         start = copy.deepcopy(block.state_dict())
-        self._descend(block, fit, lambda pair: _block_loss(block, error, *pair))
-        after = error.mean(block, held_out)
-        kept = after < before
-        if not kept:
+        for rate in RATES:
+            self._descend(block, fit, lambda pair: _block_loss(block, error, *pair), self.lr * rate)
+            after = error.mean(block, held_out)
+            if after < before:
+                return BlockFit(index, before, after, True)
             block.load_state_dict(start)
-        return BlockFit(index, before, after if kept else before, kept)
+        return BlockFit(index, before, before, False)
 
     def learn(self, module: LeanModule, dense: Any, inputs: Sequence[Tensor]) -> None:
         """Let a module minimise a loss of its own, where it has one."""
         with torch.no_grad():
             if module.start_loss(dense, inputs[0][:1]) is None:
                 return
-        self._descend(module, inputs, lambda x: cast(Tensor, module.start_loss(dense, x)))
+        self._descend(module, inputs, lambda x: cast(Tensor, module.start_loss(dense, x)), self.lr)
 
-    def _descend(self, module: nn.Module, batches: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> None:
+    def _descend(self, module: nn.Module, batches: Sequence[Batch], loss: Callable[[Batch], Tensor], lr: float) -> None:
         """Train what a loss of the batches depends on in a module."""
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: _rise_and_fall((step + 1) / (self.steps + 1))
         )

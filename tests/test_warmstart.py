@@ -35,6 +35,13 @@ def test_a_block_that_does_not_improve_keeps_its_start():
     assert all(torch.allclose(value, start[key], atol=1e-6) for key, value in lean.state_dict().items())
 
 
+def test_a_block_that_does_not_improve_is_tried_again_with_smaller_steps(monkeypatch):
+    monkeypatch.setattr(leanvit.warmstart, "RATES", (1e6, 1.0))
+    lean, vit = lean_and_vit()
+    fits = leanvit.warm_start(lean, vit, photos(vit, 32), steps=30, batch_size=4, progress=False)
+    assert fits and all(fit.kept for fit in fits)
+
+
 @pytest.mark.parametrize("steps", [1, 9, 10, 11])
 def test_any_number_of_steps(steps):
     lean, vit = lean_and_vit()
