@@ -364,6 +364,7 @@ class LeanModel:
             for module in block.lean_modules():
                 module.check_grid(grid)
         super().set_input_size(img_size=img_size, patch_size=patch_size)  # type: ignore[misc]
+        self.lean = replace(self.lean, methods=tuple(method.resized(self.blocks.grid) for method in self.lean.methods))
         self.blocks.resize(self.patch_embed.grid_size)  # type: ignore[attr-defined]
 
     def _grid_of(self, img_size: Any, patch_size: Any) -> Grid:

@@ -35,6 +35,7 @@ at random."""
 
 METHODS = [
     "dgssa:layers=0,2",
+    "dgssa:layers=0,1,grid=2",
     "glad:at=1,2",
     "glad:at=2,keep=0.3",
     "dgssa:layers=0,1+glad:at=2,3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -153,6 +154,66 @@ def test_resizing_untrained_glad_is_pooling_on_the_new_grid():
     fresh.set_input_size((48, 48))
     images = photos(fresh)
     assert torch.allclose(lean(images), leanvit.slim(fresh, leanvit.GLAD(at=(1, 2)))(images), atol=1e-5)
+
+
+def resized(size, layers=(1,)):
+    """A warm-started static model of a 4×4 grid, at another size."""
+    vit = small_vit()
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers=layers))
+    leanvit.warm_start(lean, vit, photos(vit, 16), steps=2, batch_size=8, progress=False)
+    lean.set_input_size(size)
+    return lean.eval(), photos(lean, 3)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 72), (24, 24), (32, 32)])
+@torch.no_grad()
+def test_a_resized_static_layer_is_the_interpolated_one(size):
+    lean, images = resized(size)
+    attention = lean.blocks[1].attn
+    tokens = 1 + size[0] * size[1] // 64
+    assert attention.learned.shape[-1] == 17 and attention.static.shape[-1] == tokens
+    full = copy.deepcopy(lean)
+    full.blocks[1].attn.logits = torch.nn.Parameter(attention.static.log())  # the whole matrix
+    full.blocks[1].attn._lay_out(lean.blocks.grid, lean.blocks.grid)
+    assert torch.allclose(lean(images), full(images), atol=1e-5)
+    fast = leanvit.deploy(lean)
+    assert torch.allclose(fast(images), lean(images), atol=1e-5)
+    assert fast.blocks[1].attn.static.shape[-1] == min(17, tokens)  # never more than either grid needs
+    with leanvit.record("static_attention") as found:
+        fast(images)
+    assert torch.allclose(found["static_attention"][0].value, attention.static, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_static_layer_that_is_resized_back_is_what_it_was():
+    lean, _ = resized((32, 32))
+    before = lean.blocks[1].attn.static
+    lean.set_input_size((64, 48))
+    lean.set_input_size((32, 32))
+    assert torch.equal(lean.blocks[1].attn.static, before)
+    assert str(lean.lean) == "dgssa:layers=1,grid=4,4"
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@torch.no_grad()
+def test_a_resized_static_model_is_saved_with_the_grid_of_its_matrices(deployed, tmp_path):
+    lean, images = resized((64, 48))
+    model = leanvit.deploy(lean) if deployed else lean
+    again = leanvit.load(leanvit.save(model, tmp_path / "resized")).eval()
+    assert torch.allclose(again(images), lean(images), atol=1e-5)
+
+
+def test_static_matrices_on_a_coarse_grid_cost_less_and_train():
+    vit = small_vit(img_size=64)
+    lean = leanvit.slim(vit, *parse("dgssa:layers=0,1,grid=4"))
+    images = photos(vit, 16)
+    leanvit.warm_start(lean, vit, images, steps=0, progress=False)
+    kept, full = leanvit.DGSSA(layers=(0, 1), grid=(4, 4)), leanvit.DGSSA(layers=(0, 1))
+    assert lean.lean.methods == (kept,)
+    assert leanvit.count(lean).macs < leanvit.count(leanvit.slim(vit, full)).macs
+    lean.blocks[0].attn.set_progress(0.2)
+    lean.train()(images).sum().backward()
+    assert lean.blocks[0].attn.logits.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(("width", "heads", "depth"), [(48, 3, 4), (96, 4, 6)])

@@ -144,12 +144,12 @@ def test_a_deployed_model_keeps_its_layout_when_loaded(tiny_vit, tmp_path):
 
 
 def test_a_size_that_patches_do_not_divide_is_refused_before_anything_changes(tiny_vit):
-    lean = leanvit.slim(tiny_vit, leanvit.DGSSA(layers=(0,), max_mb=0.01))
+    lean = leanvit.slim(tiny_vit, leanvit.Castling(layers=(0,), kernel=3))
     state = {key: value.shape for key, value in lean.state_dict().items()}
     with pytest.raises(leanvit.InputSizeError, match="45×45 does not divide into patches of 8×8"):
         lean.set_input_size(45)
-    with pytest.raises(leanvit.MethodError, match="over max_mb"):
-        lean.set_input_size(96)
+    with pytest.raises(leanvit.MethodError, match="larger than the patch grid of 2×2"):
+        lean.set_input_size(16)
     assert {key: value.shape for key, value in lean.state_dict().items()} == state
 
 

@@ -10,7 +10,15 @@ from leanvit.methods.base import grid_positions
 from leanvit.ops.aggregate import aggregation_weights, cell_centres, partition
 from leanvit.ops.attention import attention
 from leanvit.ops.linear import column_major, linear, linear_reference
-from leanvit.ops.static import resize_static, static_attention, static_attention_reference
+from leanvit.ops.static import (
+    coarse_scale,
+    coarse_static_attention,
+    interpolation,
+    pool_static,
+    resize_static,
+    static_attention,
+    static_attention_reference,
+)
 
 shapes = pytest.mark.parametrize(
     ("batch", "tokens", "heads", "width"), [(1, 1, 1, 4), (1, 197, 3, 24), (5, 17, 2, 8), (3, 50, 6, 8), (2, 33, 1, 5)]
@@ -117,3 +125,46 @@ def test_partition_of_a_grid_that_divides_is_square():
 def test_aggregation_weights_sum_to_one():
     weights = aggregation_weights(torch.randn(2, 9, 5), torch.randn(5, 4), torch.randn(9, 4))
     assert weights.shape == (2, 4, 9) and torch.allclose(weights.sum(-1), torch.ones(2, 4))
+
+
+grids = pytest.mark.parametrize(
+    ("old", "new"), [((4, 4), (8, 8)), ((4, 3), (7, 9)), ((5, 5), (3, 4)), ((4, 4), (4, 4))]
+)
+
+
+@grids
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@torch.no_grad()
+def test_static_attention_on_a_coarse_grid_is_the_resized_one(old, new, prefix):
+    static = torch.randn(2, prefix + old[0] * old[1], prefix + old[0] * old[1]).softmax(-1)
+    v = torch.randn(3, prefix + new[0] * new[1], 8)
+    axes = [interpolation(*sides) for sides in zip(old, new, strict=True)]
+    want = static_attention(resize_static(static, prefix, old, new), v)
+    assert (coarse_static_attention(static, v, *axes) - want).abs().max() < 1e-5
+    assert (coarse_static_attention(static, v, *axes, coarse_scale(static, *axes)) - want).abs().max() < 1e-5
+
+
+def test_static_attention_on_a_coarse_grid_gradients():
+    static = torch.rand(2, 5, 5, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 10, 4, dtype=torch.float64, requires_grad=True)
+    axes = [interpolation(2, 3).double()] * 2
+    assert torch.autograd.gradcheck(lambda static, v: coarse_static_attention(static, v, *axes), (static, v))
+
+
+@grids
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_attention_pooled_to_a_coarse_grid_stays_a_distribution(old, new, prefix):
+    fine = torch.randn(2, prefix + new[0] * new[1], prefix + new[0] * new[1]).softmax(-1)
+    coarse = pool_static(fine, prefix, *(interpolation(*sides) for sides in zip(old, new, strict=True)))
+    assert coarse.shape[1:] == (prefix + old[0] * old[1],) * 2
+    assert torch.allclose(coarse.sum(-1), torch.ones(coarse.shape[:2]), atol=1e-5)
+    if old == new:
+        assert torch.allclose(coarse, fine, atol=1e-6)
+
+
+def test_attention_pooled_to_a_coarse_grid_keeps_its_places():
+    fine = torch.eye(65).unsqueeze(0)
+    fine[0, 1:, 0] = 1
+    coarse = pool_static(fine / fine.sum(-1, keepdim=True), 1, interpolation(4, 8), interpolation(4, 8))
+    assert torch.allclose(coarse[0, 1:, 0], torch.tensor(0.5), atol=1e-6)
+    assert (coarse[0, 1:, 1:].argmax(-1) == torch.arange(16)).all()

@@ -22,6 +22,8 @@ BAD = [
     ("dgssa:guidance=soon", "guidance='soon' is not a number"),
     ("dgssa:guidance_weight=-1", "guidance_weight=-1 is negative"),
     ("dgssa:max_mb=0", "max_mb=0 is not positive"),
+    ("dgssa:grid=0", "grid=0 is not a number of patches from 1 on"),
+    ("dgssa:grid=4,4,4", r"grid=\(4, 4, 4\) is not a number of patches"),
     ("dgssa:layers=3-1", "'3-1' is an empty range"),
     ("dgssa:guidance=nan", "guidance=nan is not a number"),
     ("dgssa:layers=1,layers=2", "a parameter is given twice"),

@@ -149,6 +149,10 @@ class Method:
         """Replace modules of a model in place. The parameters are resolved."""
         raise NotImplementedError
 
+    def resized(self, old: Grid) -> Self:
+        """The method once the model's patch grid is another than the old one."""
+        return self
+
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         """The method's own loss terms, weighted, from what its modules offered in a forward pass."""
         return {}

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from ..analysis import attention_map
 from ..attention import project
 from ..errors import ConfigError, InputSizeError, MethodError
-from ..ops.static import resize_static, static_attention
+from ..ops.static import (
+    coarse_scale,
+    coarse_static_attention,
+    interpolation,
+    pool_static,
+    resize_static,
+    static_attention,
+)
 from ..record import Recorder, offer
 from . import register
 from .base import LeanModule, Method, Plan, auto_count, block_indices, claim_attention
@@ -38,6 +45,9 @@ class DGSSA(Method):
         guidance: Share of training over which the dynamic attention hands over to the static one; 0 starts static.
         guidance_weight: Weight of the loss ``KL(E_batch[A_dynamic] ‖ S)`` while both are there.
         max_mb: Largest static matrix of a layer, in MB of fp32.
+        grid: Height and width (or one number for both) of the patch grid on which the matrices lie; the input's when
+            not given. On a coarser one, values are pooled and what comes out is interpolated. A model that is resized
+            keeps the grid it had.
 
     Raises:
         ConfigError: A value out of range.
@@ -50,6 +60,7 @@ class DGSSA(Method):
     guidance: float = 0.5
     guidance_weight: float = 1.0
     max_mb: float = 256.0
+    grid: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", block_indices(self.name, "layers", self.layers))
@@ -64,6 +75,8 @@ class DGSSA(Method):
             raise ConfigError(f"dgssa: guidance_weight={self.guidance_weight} is negative")
         if self.max_mb <= 0:
             raise ConfigError(f"dgssa: max_mb={self.max_mb} is not positive")
+        if self.grid is not None:
+            object.__setattr__(self, "grid", check_sides(self.grid))
 
     def resolve(self, plan: Plan) -> Self:
         layers = self.layers
@@ -80,10 +93,12 @@ class DGSSA(Method):
         return replace(self, layers=layers)
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
-        tokens = lean.num_prefix_tokens + lean.blocks.grid[0] * lean.blocks.grid[1]
         for index in cast(tuple[int, ...], self.layers):
             attention = claim_attention(self.name, index, lean.blocks[index])
-            StaticAttention.adopt(attention, index, tokens, lean.num_prefix_tokens, self)
+            StaticAttention.adopt(attention, index, lean.num_prefix_tokens, lean.blocks.grid, self)
+
+    def resized(self, old: Grid) -> Self:
+        return self if self.grid else replace(self, grid=old)
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         terms = [record.value for record in found["guidance"]]
@@ -94,7 +109,8 @@ class StaticAttention(LeanModule, Attention):
     """timm's attention with, per head, a static matrix beside query and key.
 
     While it trains with guidance it mixes ``(1 − α)·A_dynamic + α·S``; at α = 1, where it stands outside training,
-    query and key are not computed. `logits` is ``(H, N, N)``; a softmax over its rows gives S.
+    query and key are not computed. A softmax over the rows of `logits` gives S, ``(H, P + h·w, P + h·w)``, on a grid
+    that may be coarser than the tokens'.
     """
 
     method: ClassVar[str] = DGSSA.name
@@ -106,29 +122,55 @@ class StaticAttention(LeanModule, Attention):
     config: DGSSA
     alpha: Tensor
     logits: nn.Parameter
+    grid: Grid
+    """Of the tokens."""
+    rows: Tensor
+    columns: Tensor
 
     @classmethod
-    def adopt(cls, attention: Any, layer: int, tokens: int, prefix: int, config: DGSSA) -> None:
+    def adopt(cls, attention: Any, layer: int, prefix: int, grid: Grid, config: DGSSA) -> None:
         """Turn a timm attention into a static one in place; uniform over all tokens until it is warm-started."""
+        weight = attention.qkv.weight
+        height, width = cast("Grid", config.grid or grid)
+        tokens = prefix + height * width
+        check_memory(attention.num_heads, tokens, config.max_mb)
         attention.__class__ = cls
         attention.layer, attention.prefix, attention.config = layer, prefix, config
-        attention.register_buffer("alpha", torch.ones((), device=attention.qkv.weight.device))
-        check_memory(attention.num_heads, tokens, config.max_mb)
-        attention.logits = nn.Parameter(attention.qkv.weight.new_zeros(attention.num_heads, tokens, tokens))
+        attention.register_buffer("alpha", torch.ones((), device=weight.device))
+        attention.logits = nn.Parameter(weight.new_zeros(attention.num_heads, tokens, tokens))
+        attention._lay_out((height, width), grid)
+
+    def _lay_out(self, coarse: Grid, fine: Grid) -> None:
+        self.grid = fine
+        for name, old, new in zip(("rows", "columns"), coarse, fine, strict=True):
+            self.register_buffer(name, interpolation(old, new).to(self.logits), persistent=False)
 
     def original(self) -> None:
-        del self.logits, self.alpha, self.layer, self.prefix, self.config
+        del self.logits, self.alpha, self.layer, self.prefix, self.config, self.grid, self.rows, self.columns
         self.__class__ = Attention  # type: ignore[assignment]
 
     @property
-    def static(self) -> Tensor:
-        """S: the attention of each query over the keys, ``(H, N, N)``, rows summing to one."""
+    def coarse(self) -> Grid:
+        """The grid of S."""
+        return self.rows.shape[1], self.columns.shape[1]
+
+    @property
+    def learned(self) -> Tensor:
+        """S: the attention of each query over the keys, ``(H, P + h·w, P + h·w)``, rows summing to one."""
         return self.logits.softmax(dim=-1)
 
+    @property
+    def static(self) -> Tensor:
+        """S between the tokens, ``(H, N, N)``, rows summing to one."""
+        if self.coarse == self.grid:
+            return self.learned
+        return resize_static(self.learned, self.prefix, self.coarse, self.grid)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if x.shape[1] != self.logits.shape[-1]:
+        tokens = self.prefix + self.grid[0] * self.grid[1]
+        if x.shape[1] != tokens:
             raise InputSizeError(
-                f"dgssa: block {self.layer} gets {x.shape[1]} tokens and was made for {self.logits.shape[-1]}; "
+                f"dgssa: block {self.layer} gets {x.shape[1]} tokens and was made for {tokens}; "
                 "call set_input_size() for another image size"
             )
         alpha = float(self.alpha)
@@ -137,8 +179,14 @@ class StaticAttention(LeanModule, Attention):
         else:
             offer("static_attention", self.layer, lambda: self.static)
             offer("dynamic_attention", self.layer, lambda: attention_map(self, x))
-            mixed = static_attention(self.attn_drop(self.static), self._values(x))
+            mixed = self._mix(self._values(x))
         return project(self, x, mixed)
+
+    def _mix(self, v: Tensor) -> Tensor:
+        static = self.attn_drop(self.learned)
+        if self.coarse == self.grid:
+            return static_attention(static, v)
+        return coarse_static_attention(static, v, self.rows, self.columns)
 
     def _guided(self, x: Tensor, alpha: float) -> Tensor:
         dynamic = attention_map(self, x)  # (B, H, N, N)
@@ -157,11 +205,14 @@ class StaticAttention(LeanModule, Attention):
     @torch.no_grad()
     def start(self, dense: Any, inputs: Iterable[Tensor]) -> None:
         """S starts as the mean of the dense layer's attention over the images."""
-        total, images = torch.zeros_like(self.logits, dtype=torch.float32), 0
+        total, images = torch.zeros((), device=self.logits.device), 0
         for x in inputs:
-            total += attention_map(dense.attn, dense.norm1(x)).float().sum(dim=0)
+            total = total + attention_map(dense.attn, dense.norm1(x)).float().sum(dim=0)
             images += len(x)
-        self.logits.copy_((total / images).clamp_min(1e-8).log())
+        mean = total / images
+        if self.coarse != self.grid:
+            mean = pool_static(mean, self.prefix, self.rows, self.columns)
+        self.logits.copy_(mean.clamp_min(1e-8).log())
 
     def set_progress(self, progress: float) -> None:
         share = self.config.guidance
@@ -174,13 +225,8 @@ class StaticAttention(LeanModule, Attention):
     def deployed(self) -> nn.Module:
         return DeployedStaticAttention(self)
 
-    def check_grid(self, grid: Grid) -> None:
-        check_memory(self.num_heads, self.prefix + grid[0] * grid[1], self.config.max_mb)
-
-    @torch.no_grad()
     def resize(self, old: Grid, new: Grid, positions: Tensor) -> Tensor:
-        static = resize_static(self.static, self.prefix, old, new)
-        self.logits = nn.Parameter(static.clamp_min(1e-12).log(), self.logits.requires_grad)
+        self._lay_out(self.coarse, new)
         return positions
 
     def __repr__(self) -> str:
@@ -189,9 +235,16 @@ class StaticAttention(LeanModule, Attention):
 
 
 class DeployedStaticAttention(nn.Module):
-    """Static attention for inference: ``proj(S·V)``, ``2·N·C² + N²·C`` MACs an image; no query, key or softmax."""
+    """Static attention for inference: ``proj(S·V)``, ``2·N·C² + N²·C`` MACs an image; no query, key or softmax.
+
+    Where S lies on a coarser grid than the tokens, it is used there, and N² is the square of fewer.
+    """
 
     adds_residual: ClassVar[bool] = True
+    static: nn.Parameter
+    rows: Tensor | None
+    columns: Tensor | None
+    scale: Tensor | None
 
     def __init__(self, trained: StaticAttention) -> None:
         super().__init__()
@@ -207,11 +260,27 @@ class DeployedStaticAttention(nn.Module):
         self.v.weight = nn.Parameter(weight.detach().clone())
         if bias is not None:
             self.v.bias = nn.Parameter(bias.detach().clone())
-        self.static = nn.Parameter(trained.static.detach())
+        coarse = math.prod(trained.coarse) < math.prod(trained.grid)
+        self.static = nn.Parameter((trained.learned if coarse else trained.static).detach())
+        self.register_buffer("rows", trained.rows if coarse else None, persistent=False)
+        self.register_buffer("columns", trained.columns if coarse else None, persistent=False)
+        self.register_buffer("scale", coarse_scale(self.static, trained.rows, trained.columns) if coarse else None)
 
     def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
-        offer("static_attention", self.layer, lambda: self.static)
-        return project(self, x, static_attention(self.static, self.v(x)), *residual)
+        offer("static_attention", self.layer, self._map)
+        return project(self, x, self._mix(self.v(x)), *residual)
+
+    def _mix(self, v: Tensor) -> Tensor:
+        if self.rows is None or self.columns is None:
+            return static_attention(self.static, v)
+        return coarse_static_attention(self.static, v, self.rows, self.columns, self.scale)
+
+    def _map(self) -> Tensor:
+        if self.rows is None or self.columns is None:
+            return self.static
+        (height, coarse_height), (width, coarse_width) = self.rows.shape, self.columns.shape
+        prefix = self.static.shape[-1] - coarse_height * coarse_width
+        return resize_static(self.static, prefix, (coarse_height, coarse_width), (height, width))
 
     def __repr__(self) -> str:
         heads, tokens, _ = self.static.shape
@@ -236,6 +305,14 @@ def guidance_loss(dynamic: Tensor, static: Tensor) -> Tensor:
     return (mean * (mean.log() - static.float().clamp_min(1e-8).log())).sum(dim=-1).mean()
 
 
+def check_sides(grid: Any) -> Grid:
+    """Height and width of a grid, given as such or as one number."""
+    sides = (grid, grid) if isinstance(grid, int) else tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        raise ConfigError(f"dgssa: grid={grid!r} is not a number of patches from 1 on, or two of them")
+    return cast("Grid", sides)
+
+
 def check_memory(heads: int, tokens: int, max_mb: float) -> None:
     """Refuse a static matrix of ``H·N²`` fp32 values above the limit."""
     size = heads * tokens**2 * 4 / 1e6
@@ -243,5 +320,5 @@ def check_memory(heads: int, tokens: int, max_mb: float) -> None:
         raise MethodError(
             f"dgssa: static attention of {heads} heads over {tokens} tokens takes {size:.3g} MB a layer, "
             f"over max_mb={max_mb:.3g}; "
-            "use a smaller input or raise max_mb"
+            "use a smaller input, give a coarser grid or raise max_mb"
         )

@@ -54,6 +54,76 @@ def static_attention(static: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+@never_emulated
+def coarse_static_attention(
+    static: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    """Static attention whose matrix lies on another, coarser patch grid than the tokens.
+
+    The same as ``static_attention(resize_static(static, …), v)``. Interpolation is linear, so it may as well be done to
+    the values, which are pooled to the coarse grid, and to what comes out, which is stretched back: nothing of the size
+    of the tokens squared is held or multiplied. Of M patches m are left by the pooling: ``(P + m)²·C`` MACs an image
+    and a few a token.
+
+    Args:
+        static: ``(H, P + h·w, P + h·w)``, rows summing to one.
+        v: Values ``(B, P + h'·w', C)``, the heads side by side.
+        rows, columns: ``(h', h)`` and ``(w', w)``, from `interpolation`.
+        scale: What makes rows sum to one again, from `coarse_scale`; worked out when not given.
+
+    Returns:
+        ``(B, P + h'·w', C)``.
+    """
+    if scale is None:
+        scale = coarse_scale(static, rows, columns)
+    mixed = _mix_on_grid(static, v, rows, columns).unflatten(-1, (len(static), -1))  # (B, P + h'·w', H, d)
+    return (mixed * scale.unsqueeze(-1)).flatten(2)
+
+
+def coarse_scale(static: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """One over the sum of each row of the interpolated matrix, ``(P + h'·w', H)``."""
+    prefix = static.shape[-1] - rows.shape[1] * columns.shape[1]
+    ones = static.new_ones(1, prefix + len(rows) * len(columns), len(static))
+    return _mix_on_grid(static, ones, rows, columns)[0].reciprocal()
+
+
+def _mix_on_grid(static: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    (fine_height, height), (fine_width, width) = rows.shape, columns.shape
+    prefix = static.shape[-1] - height * width
+    first, patches = v[:, :prefix], v[:, prefix:].unflatten(1, (fine_height, fine_width))  # (B, h', w', C)
+    pooled = (rows.t() @ patches.flatten(2)).unflatten(2, (fine_width, -1))  # (B, h, w', C)
+    pooled = (columns.t() @ pooled).flatten(1, 2)  # (B, h·w, C)
+    share = height * width / (fine_height * fine_width)  # so many more keys share the same attention
+    mixed = static_attention(static, torch.cat([first, pooled * share], dim=1))
+    stretched = (columns @ mixed[:, prefix:].unflatten(1, (height, width))).flatten(2)  # (B, h, w'·C)
+    stretched = (rows @ stretched).unflatten(2, (fine_width, -1)).flatten(1, 2)  # (B, h'·w', C)
+    return torch.cat([mixed[:, :prefix], stretched], dim=1)
+
+
+def interpolation(old: int, new: int) -> Tensor:
+    """Weights of linear interpolation along an axis, ``(new, old)``: rows sum to one."""
+    points = torch.eye(old).unsqueeze(0)
+    return F.interpolate(points, size=new, mode="linear", align_corners=False)[0].t().contiguous()
+
+
+def pool_static(attention: Tensor, prefix: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Bring attention over a fine patch grid to a coarse one; rows stay distributions.
+
+    Args:
+        attention: ``(H, P + h'·w', P + h'·w')``, rows summing to one.
+        prefix: P.
+        rows, columns: ``(h', h)`` and ``(w', w)``, from `interpolation`.
+
+    Returns:
+        ``(H, P + h·w, P + h·w)``: a query's attention is the mean of those that it stands for, and what went to a key
+        goes to the coarse ones around it.
+    """
+    share = torch.kron(rows, columns).to(attention)  # (h'·w', h·w)
+    keys = torch.cat([attention[..., :prefix], attention[..., prefix:] @ share], dim=-1)
+    queries = (share / share.sum(dim=0)).t() @ keys[:, prefix:]
+    return torch.cat([keys[:, :prefix], queries], dim=1)
+
+
 def resize_static(static: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize static attention to another patch grid, in queries and in keys; rows stay distributions.
 
