@@ -64,8 +64,14 @@ def attention_statistics(
         images: Unlabelled images: a path, a data set, a loader or a tensor ``(B, 3, H, W)``.
         limit: Use at most this many images.
         batch_size: Images at a time.
+
+    Raises:
+        UnsupportedModelError: The model is lean, or of a kind that is not known.
     """
     from .data import image_batches
+    from .model import check_supported
+
+    check_supported(model)
 
     was_training = model.training
     blocks: Any = model.blocks

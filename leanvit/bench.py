@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .count import Cost, count, deployed_form, random_images
 from .data import image_batches
 from .engines import ENGINES, Engine, check_engines
-from .errors import ConfigError
+from .errors import ConfigError, LeanVitWarning
 from .model import LeanModel
 from .ops.processor import has_bf16, warn_of_emulation
 from .report.tables import Row
@@ -291,6 +291,7 @@ def _warn_of_random_images(models: Mapping[str, nn.Module], images: ImageSource 
             warnings.warn(
                 f"{name}: what it costs depends on the image, and random images say little of photos; give images "
                 "(--data-dir)",
+                LeanVitWarning,
                 stacklevel=3,
             )
 

@@ -52,12 +52,14 @@ def set_budget(
         ConfigError: No threshold gives this cost; the reachable range is named.
         UnsupportedModelError: The model has no thresholds.
     """
-    if not isinstance(macs, (int, float)) or not math.isfinite(macs) or macs <= 0:
+    if isinstance(macs, bool) or not isinstance(macs, (int, float)) or not math.isfinite(macs) or macs <= 0:
         raise ConfigError(f"budget macs={macs!r} is not a share of the dense model's MACs, such as 0.5")
     if not isinstance(model, LeanModel) or not list(_thresholds(model)):
         raise UnsupportedModelError(
             f"{getattr(model, 'lean', type(model).__name__)} decides nothing per image; a budget needs AdaViT"
         )
+    if batch_size < 1:
+        raise ConfigError(f"batch size is {batch_size}; it must be at least 1")
     cost = _MeanCost(model, list(image_batches(images, model, batch_size, limit)))
     threshold = _search(cost, float(macs))
     for own in _thresholds(model):

@@ -123,6 +123,11 @@ def count(
     )
 
 
+def forms(model: nn.Module) -> list[str]:
+    """Which form of its operations a deployed model runs, where there are several and one of them skips nothing."""
+    return sorted({str(module.runs_as) for module in model.modules() if hasattr(module, "runs_as")})
+
+
 def constant_macs(model: nn.Module) -> float:
     """MACs of the layers that cost the same for every image, in a deployed model where others do not.
 
@@ -133,6 +138,20 @@ def constant_macs(model: nn.Module) -> float:
         cost = count(model)
     varying = {f"blocks.{one.layer}" for one in found["macs"]}
     return sum(share.macs for layer, share in cost.by_layer.items() if layer not in varying)
+
+
+def macs_of_each(model: nn.Module, images: Tensor, found: Recorder, constant: float) -> Tensor:
+    """MACs of each image of a batch, ``(B,)``; counted image by image where the blocks have no formula to offer.
+
+    Args:
+        model: A deployed model whose cost depends on the image.
+        images: ``(B, C, H, W)``.
+        found: What its forward pass offered as ``"macs"``.
+        constant: From `constant_macs`.
+    """
+    if found["macs"]:
+        return image_macs(found, constant)
+    return torch.tensor([count(model, images=image.unsqueeze(0)).macs for image in images], dtype=torch.float64)
 
 
 def image_macs(found: Recorder, constant: float) -> Tensor:

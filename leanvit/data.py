@@ -17,7 +17,7 @@ from timm.data.readers import create_reader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, LeanVitWarning
 from .photos import in_mode
 from .readers import DigitsReader, ImageReader, ShardReader
 
@@ -294,7 +294,7 @@ def image_batches(source: ImageSource, model: nn.Module, batch_size: int, limit:
         dataset = _prepare(_open_reader(path, None, True), path, model)
         yield from _image_batches(dataset, batch_size, limit)
         if damage := report_damage(dataset):
-            warnings.warn(damage, stacklevel=2)
+            warnings.warn(damage, LeanVitWarning, stacklevel=2)
     else:
         yield from _image_batches(source, batch_size, limit)
 

@@ -15,6 +15,10 @@ class UnsupportedModelError(LeanVitError, TypeError):
     """A model or block that leanvit does not know how to slim."""
 
 
+class LeanVitWarning(UserWarning):
+    """Something that a user should know, though the work goes on."""
+
+
 class MethodError(LeanVitError, ValueError):
     """A method that cannot be applied where it was asked for."""
 

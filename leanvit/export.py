@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import warnings
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from .count import deployed_form, input_size
 from .data import ImageSource, data_config, image_batches, known_classes
 from .engines import OnnxFile, OnnxRuntime, has_graph, require
-from .errors import ConfigError, ExportError, UnsupportedModelError
+from .errors import ConfigError, ExportError, LeanVitWarning, UnsupportedModelError
 from .files import written_whole
 from .headwise import for_graph
 from .methods import available
@@ -135,7 +136,7 @@ def export(
     check_exportable(model)
     _check(model, path, kind, opset, axes, batch_size, overwrite)
     if isinstance(model, LeanModel) and not model.lean.deployed:
-        warnings.warn("the model is not deployed; its deployed form is exported", stacklevel=2)
+        warnings.warn("the model is not deployed; its deployed form is exported", LeanVitWarning, stacklevel=2)
     model = copy.deepcopy(deployed_form(model)).cpu().eval().requires_grad_(False)
     photos = torch.cat(list(image_batches(sample_photos(model) if images is None else images, model, CHECKED, CHECKED)))
     input_size(model, (photos.shape[-2], photos.shape[-1]))
@@ -261,7 +262,9 @@ def _write_program(
     model: nn.Module, example: Tensor, axes: Axes, opset: int | None, about: Mapping[str, str], path: Path
 ) -> None:
     program = torch.export.export(model, (example,), dynamic_shapes=axes.dynamic_shapes())
-    torch.export.save(program, path, extra_files={"leanvit.json": json.dumps(about, indent=2)})
+    file = io.BytesIO()  # torch's own writer ends the process where a disk is full
+    torch.export.save(program, file, extra_files={"leanvit.json": json.dumps(about, indent=2)})
+    path.write_bytes(file.getbuffer())
 
 
 def _load_program(path: Path) -> Run:
@@ -366,7 +369,7 @@ def _explained(axes: Axes) -> Iterator[None]:
     """Turn whatever torch's exporters raise into one line."""
     try:
         yield
-    except (ConfigError, ExportError):
+    except (ConfigError, ExportError, OSError):
         raise
     except Exception as error:  # there is no class of errors that they keep to
         cause = error.__cause__ or error

@@ -14,6 +14,8 @@ from .errors import ConfigError
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a path to write to, which becomes `path` at the end; folders are made on the way.
 
+    What is no regular file, such as a pipe, is written to as it is.
+
     Raises:
         ConfigError: The disk is full or the folder read-only; nothing is left behind then.
     """
@@ -21,6 +23,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{os.getpid()}-{path.name}")  # keeps the ending, which says the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            yield path
+            return
         yield part
         part.replace(path)
     except OSError as error:

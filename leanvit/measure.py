@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .bench import bench, peak_memory, realised_share
-from .count import Cost, Share, constant_macs, count, deployed_form, evaluating, image_macs, input_size
+from .count import Cost, Share, constant_macs, count, deployed_form, evaluating, input_size, macs_of_each
 from .data import loader, open_data
 from .engines import PRECISIONS, check_engines
 from .errors import ConfigError, DataError, UnsupportedModelError
@@ -157,7 +157,8 @@ def evaluate(
     autocast = torch.autocast(device.type, AMP[amp]) if amp else nullcontext()
     if amp == "bf16":
         warn_of_emulation(device.type)
-    counts = _Counts(constant_macs(model) if decides_per_image(model) else 0.0)
+    counts, varying = _Counts(), decides_per_image(model)
+    constant = constant_macs(model) if varying else 0.0
     with evaluating(model), evaluating(model if teacher is None else teacher), torch.inference_mode(), autocast:
         guide = None if teacher is None else Teacher(teacher.to(device), model, tokens=False)
         for images, labels in track(
@@ -168,19 +169,15 @@ def evaluate(
                 input_size(model, images.shape[-2:])
                 with record("macs", "density") as found:
                     logits = model(images.to(dtype or images.dtype))
-                counts.add(logits, labels, None if guide is None else guide(images)[0], found)
+                macs = macs_of_each(model, images, found, constant) if varying else None
+                counts.add(logits, labels, None if guide is None else guide(images)[0], macs, found)
     return counts.result(_damaged(batches.dataset), agreement=teacher is not None)
 
 
 class _Counts:
-    """What adds up over the batches of an evaluation.
+    """What adds up over the batches of an evaluation."""
 
-    Args:
-        constant: MACs of the layers that cost the same for every image, where others do not.
-    """
-
-    def __init__(self, constant: float) -> None:
-        self.constant = constant
+    def __init__(self) -> None:
         self.macs: list[Tensor] = []
         self.density: dict[int, Tensor] = {}
         self.in_top5 = 0
@@ -189,7 +186,9 @@ class _Counts:
         self.predictions: list[Tensor] = []
         self.confidences: list[Tensor] = []
 
-    def add(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, found: Recorder) -> None:
+    def add(
+        self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, macs: Tensor | None, found: Recorder
+    ) -> None:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             output = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise UnsupportedModelError(f"the model is no classifier: its output has {output}, not (images, classes)")
@@ -203,8 +202,8 @@ class _Counts:
         self.in_top5 += int((best == labels[:, None]).sum())
         if teacher_logits is not None:
             self.agreeing += int((teacher_logits.argmax(dim=1).cpu() == best[:, 0]).sum())
-        if found["macs"]:
-            self.macs.append(image_macs(found, self.constant))
+        if macs is not None:
+            self.macs.append(macs)
         for offered in found["density"]:
             self.density[offered.layer] = self.density.get(offered.layer, 0) + offered.value.float().sum(dim=0).cpu()
         self.labels.append(labels)
@@ -355,12 +354,12 @@ def _in_precision(model: nn.Module, precision: str) -> nn.Module:
 
 def environment() -> dict[str, Any]:
     """What the figures were measured with: versions, processor, threads, build, date; for `--json`."""
-    packages = ("leanvit", "torch", "torchvision", "timm", "accelerate", "safetensors", "numpy")
+    installed = ("leanvit", "torch", "torchvision", "timm", "accelerate", "numba", "numpy", "safetensors")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": _versions(packages),
+        "versions": _versions((*installed, "huggingface_hub")),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

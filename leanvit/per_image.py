@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from .count import constant_macs, count, deployed_form, evaluating, image_macs
+from .count import constant_macs, count, deployed_form, evaluating, macs_of_each
 from .data import ImageData
 from .errors import DataError
 from .measure import decides_per_image
@@ -58,7 +58,7 @@ def per_image(
                     "image": data.reader.filename(index),
                     "label": sample[1],
                     "prediction": int(logits.argmax()),
-                    "gmacs": (same or float(image_macs(found, constant))) / 1e9,
+                    "gmacs": (same or float(macs_of_each(model, image, found, constant))) / 1e9,
                     "latency": 1e3 * statistics.median([_seconds(model, image) for _ in range(repeats)]),
                 }
             )

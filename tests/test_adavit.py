@@ -198,7 +198,7 @@ def test_a_budget_that_no_threshold_reaches():
         leanvit.set_budget(lean, 0.6, photos(vit, 16))
 
 
-@pytest.mark.parametrize("macs", [0, -0.5, math.nan, "half"])
+@pytest.mark.parametrize("macs", [0, -0.5, math.nan, "half", True])
 def test_a_budget_that_is_no_share(macs):
     with pytest.raises(leanvit.ConfigError, match=r"macs=.* is not a share"):
         leanvit.set_budget(leanvit.slim(small_vit(), leanvit.AdaViT()), macs, torch.randn(2, 3, 32, 32))

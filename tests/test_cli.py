@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typer.testing import CliRunner, Result
 from leanvit import GLAD, slim
 from leanvit.cli import app
 from leanvit.cli.options import Teaching, Training
+from leanvit.cli.training import slowdowns
 from leanvit.data import open_data
 from leanvit.measure import evaluate
 from leanvit.report.tables import read_csv
@@ -28,8 +30,8 @@ from leanvit.store import load, read_config, save
 from leanvit.train import TrainConfig
 
 COMMANDS = (
-    *("analyse", "bench", "compare", "count", "demo", "doctor"),
-    *("eval", "explain", "report", "slim", "train", "usage"),
+    *("analyse", "bench", "compare", "count", "demo", "doctor", "eval"),
+    *("explain", "export", "pareto", "report", "slim", "train", "usage"),
 )
 QUICK = ("-b", "1", "--num-bench-iter", "1", "--threads", "1")
 SHORT = ("--epochs", "1", "-b", "4", "--device", "cpu", "--warm-start-steps", "1")
@@ -110,7 +112,31 @@ def test_installed_command_refuses_in_one_line_without_a_traceback() -> None:
     assert "no_such_vit" in done.stderr
 
 
+def test_a_warning_is_one_line(dense: Path) -> None:
+    command = [sys.executable, "-m", "leanvit", "bench", str(dense), "--method", "adavit", *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0
+    assert "leanvit: adavit: what it costs depends on the image" in done.stderr and ".py" not in done.stderr
+
+
 # ---- measuring
+
+
+def test_analyse_is_for_dense_models(lean: Path, photos: Path) -> None:
+    assert "the model is lean already" in refuse("analyse", lean, "--data-dir", photos)
+
+
+def test_bench_says_which_form_of_sparse_attention_runs(dense: Path) -> None:
+    result = run("bench", dense, "--method", "sparsifiner:keep=0.5", *QUICK)
+    assert "sparsifiner:keep=0.5: sparsifiner runs as a mask on scaled_dot_product_attention" in result.stderr
+
+
+def test_figures_can_go_to_what_is_no_file(dense: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    succeed("count", dense, "--json", pipe)
+    assert json.loads(reader.communicate(timeout=60)[0])["command"] == "count" and pipe.is_fifo()
 
 
 def test_eval_prints_and_writes_the_figures(dense: Path, photos: Path, tmp_path: Path) -> None:
@@ -344,6 +370,30 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_warm_start(
     command = ("slim", dense, "--method", "glad", "--data-dir", photos, "--epochs", "1", "--output", tmp_path / "run")
     teacher = ("--teacher", save(larger, tmp_path / "larger"))
     assert "the teacher takes 48×48, the student 32×32" in refuse(*command, *teacher)
+
+
+def test_a_trained_run_is_not_resumed_without_its_epochs(dense: Path, photos: Path, tmp_path: Path) -> None:
+    common = ("slim", dense, "--method", "glad", "--data-dir", photos, "--output", tmp_path / "run", *SHORT[2:])
+    succeed(*common, "--epochs", "1")
+    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    assert "holds a run that was trained; give the --epochs it had" in refuse(*common, "--resume")
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("command", "file"), [("pareto", "results.csv"), ("usage", "usage.json")])
+def test_results_that_are_there_are_replaced_only_when_told(
+    command: str, file: str, dense: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / file).touch()
+    line = refuse(command, dense, "--data-dir", photos, "--output", tmp_path)
+    assert f"holds {file} already; give another --output, or --overwrite" in line
+
+
+def test_slim_says_where_it_is_slower_than_dense() -> None:
+    point = {"infer_batch_size": 1, "precision": "fp32", "engine": "torch", "infer_gmacs": 1.144}
+    rows = [{"model": "dense", "speedup": 1.0, **point}, {"model": "castling", "speedup": 0.82, **point}]
+    assert slowdowns(rows) == ["slower than dense: castling at batch 1, fp32, torch (0.82×); its MACs are 1.14 G"]
+    assert slowdowns([{**rows[1], "speedup": 1.2}, {"model": "no speed"}]) == []
 
 
 def test_data_that_does_not_fit_is_refused(dense: Path, photos: Path, tmp_path: Path) -> None:

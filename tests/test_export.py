@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,16 @@ def lean(case: Case):
             if name in model.new_parameter_names():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return vit, leanvit.deploy(model, force=True)
+
+
+def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(leanvit.ConfigError, match=r"cannot write .*No space left on device"):
+        leanvit.export(small_vit(), tmp_path / "x.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("case", EXPORTED + DENSE, ids=str)

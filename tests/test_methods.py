@@ -21,6 +21,12 @@ def test_no_layers_at_all():
         leanvit.DGSSA(layers=())
 
 
+@pytest.mark.parametrize("method", ["glad", leanvit.GLAD])
+def test_what_is_no_method_is_refused(method, tiny_vit):
+    with pytest.raises(leanvit.ConfigError, match=r"is no method; give one such as leanvit\.GLAD\(\)"):
+        leanvit.slim(tiny_vit, method)
+
+
 def test_measured_parameters_need_images(tiny_vit):
     with pytest.raises(leanvit.ConfigError, match="'auto', which is measured: give images"):
         leanvit.slim(tiny_vit, leanvit.DGSSA(layers="auto:2"))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import TensorDataset
 
 import leanvit
 from leanvit.methods.sparsifiner import (
@@ -176,6 +177,16 @@ def test_compiled_calls_the_operation():
     assert "one operation" in repr(fast.blocks)
 
 
+def test_with_a_threshold_cost_depends_on_the_image():
+    _, images, lean = sparse_vit(keep=0.9, threshold=0.06)
+    fast = leanvit.deploy(lean)
+    labelled = TensorDataset(images, torch.zeros(len(images), dtype=torch.long))
+    macs = leanvit.evaluate(fast, labelled, batch_size=4, progress=False).macs
+    assert macs.tolist() == [leanvit.count(fast, images=image[None]).macs for image in images]
+    assert len(set(macs.tolist())) > 1 and lean.lean.data_dependent
+    assert leanvit.evaluate(leanvit.deploy(sparse_vit()[2]), labelled, progress=False).macs is None
+
+
 def test_another_grid_is_refused_until_resized():
     vit = small_vit(dynamic_img_size=True)
     lean = leanvit.slim(vit, Sparsifiner(**KINDS))
@@ -213,6 +224,7 @@ def test_bad_parameters(changes, message):
         ((Sparsifiner(rho=17),), "rho=17 leaves no basis for 16 patches; use rho up to 16"),
         ((Sparsifiner(layers=(3, 4)),), "block 4 does not exist; the model has blocks 0 to 3"),
         ((leanvit.GLAD(at=2), Sparsifiner()), "sparsifiner: block 2 needs to know the place of each token, but glad"),
+        ((leanvit.TokenMerging(r=2), Sparsifiner()), "sparsifiner: block 1 needs to know the place of each token, but"),
     ],
 )
 def test_what_does_not_fit_the_model(methods, message):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import LeanVitError
+from ..errors import LeanVitError, LeanVitWarning
 from ..version import __version__
 
 USER_MISTAKE = 2
@@ -21,6 +22,7 @@ class CommandGroup(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False  # so that errors come here instead of into boxes of several lines
+        warnings.showwarning = _show_warning
         try:
             code = super().main(*args, **kwargs)
         except typer.TyperException as error:  # an unknown option, a value of the wrong kind, ...
@@ -34,6 +36,16 @@ class CommandGroup(TyperGroup):
                 raise
             fail(str(error))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    if issubclass(category, LeanVitWarning):
+        typer.echo(f"leanvit: {message}", err=True)
+    else:
+        _SHOW_AS_USUAL(message, category, *where, **more)
+
+
+_SHOW_AS_USUAL = warnings.showwarning
 
 
 def fail(message: str, code: int = USER_MISTAKE) -> NoReturn:

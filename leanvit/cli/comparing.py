@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .app import app
-from .options import Config, EvalData, ModelChoice, Timing, takes_groups
+from .options import Config, EvalData, ModelChoice, Overwrite, Timing, check_output, takes_groups
 from .printing import say, show
 
 INCOMPLETE = 1
@@ -33,6 +33,7 @@ def pareto(
         list[int] | None, typer.Option(metavar="N", help="Also MODEL on smaller images; may be repeated.")
     ] = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where table and plots go.")] = Path("pareto"),
+    overwrite: Overwrite = False,
     config: Config = None,
     *,
     data: EvalData,
@@ -50,6 +51,7 @@ def pareto(
     from ..runs import unfinished
     from ..store import resolve_model
 
+    check_output(output, ["results.csv", "results.json", "pareto-*.png"], overwrite)
     left_out = {run: reason for run in runs or () if (reason := unfinished(run))}
     for run, reason in left_out.items():
         say(f"{run} is left out: {reason}")

@@ -30,6 +30,7 @@ def doctor(json: JsonFile = None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from ..engines import ENGINES
     from ..measure import environment
     from ..report.tables import Table as Results
 
@@ -39,6 +40,8 @@ def doctor(json: JsonFile = None) -> None:
     for name, value in {**found, **found["versions"]}.items():
         if name not in ("versions", "torch_config", *OPTIONAL):
             table.add_row(name, escape(_text(value)))
+    engines = [name for name, engine in ENGINES.items() if all(map(_version, engine.packages))]
+    table.add_row("engines", ", ".join(engines))
     for name, installed in packages.items():
         table.add_row(name, escape(installed or f"not installed ({OPTIONAL[name]})"))
     show(table)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import ModelChoice, new_file, takes_groups
+from .options import ModelChoice, Overwrite, new_file, takes_groups
 from .printing import say, show
 
 
@@ -29,7 +29,7 @@ def export(
     ] = True,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take images of any size.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", help="The number, if not any.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a model as one file for another engine.
 

@@ -17,10 +17,12 @@ from .options import (
     EvalData,
     ModelChoice,
     Output,
+    Overwrite,
     ReportFile,
     Timing,
     amp_name,
     best_device,
+    check_output,
     new_file,
     takes_groups,
 )
@@ -103,6 +105,7 @@ def bench(
     told otherwise, which makes no difference to speed; a lean MODEL beside a dense one of its architecture.
     """
     from ..bench import bench as measure
+    from ..count import deployed_form, forms
     from ..measure import Table
     from ..methods import parse
     from ..model import LeanModel, slim
@@ -118,6 +121,10 @@ def bench(
         raise ConfigError(f"{choice.model} is lean already ({model.lean}); --method is for a dense model")
     else:
         models = {"dense": dense_twin(model), choice.model: model}
+    models = {name: deployed_form(model) for name, model in models.items()}
+    for name, ready in models.items():
+        for form in forms(ready):
+            say(f"{name}: {form}")
     arguments = timing.arguments() | ({"engines": ["compile"]} if torchcompile else {})
     rows = measure(models, images=data_dir, warmup=num_warm_iter, **arguments)
     output.write(ctx, Table(rows, title=choice.model))
@@ -180,7 +187,7 @@ def compare(
     data: EvalData,
     timing: Timing,
     report: ReportFile = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page that is there.")] = False,
+    overwrite: Overwrite = False,
     *,
     output: Output,
 ) -> None:
@@ -225,6 +232,7 @@ def usage(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for usage.json and the pictures.")] = Path(
         "usage"
     ),
+    overwrite: Overwrite = False,
 ) -> None:
     """Show what images use of a model that decides per image.
 
@@ -234,6 +242,7 @@ def usage(
     from ..usage import write_usage
     from .printing import show
 
+    check_output(output, ["usage.json"], overwrite)
     model = choice.load()
     report = write_usage(model, data.open(model), output)
     show(Table(report["policies"], title=f"{choice.model}, {report['images']} images"))

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, get_type_hints
 
 import typer
 
+from ..errors import ConfigError
+
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import nn
@@ -135,6 +137,15 @@ def new_file(path: Path | None) -> Path | None:
     return path
 
 
+def check_output(folder: Path, patterns: list[str], overwrite: bool) -> None:
+    """Refuse a folder that cannot take the files, or that holds some of them already, before the work starts."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder")
+    there = [path.name for pattern in patterns for path in folder.glob(pattern)]
+    if there and not overwrite:
+        raise ConfigError(f"{folder} holds {there[0]} already; give another --output, or --overwrite")
+
+
 def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of the command's options; what the command line says wins."""
     if path is None:
@@ -180,6 +191,7 @@ Workers = Annotated[int, _option("--workers", "-j", min=0, metavar="N", help="Pr
 Device = Annotated[
     str, _option(metavar="NAME", callback=_known_device, help="cpu, cuda, cuda:1, …; auto: a GPU if any.")
 ]
+Overwrite = Annotated[bool, _option("--overwrite", help="Replace what is there.")]
 Amp = Annotated[bool, _option("--amp", help="Mixed precision.")]
 AmpType = Annotated[AmpDtype, _option(help="Its precision.")]
 JsonFile = Annotated[

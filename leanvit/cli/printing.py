@@ -24,7 +24,7 @@ def show(renderable: Any) -> None:
 
 def say(line: str) -> None:
     """Print a line about the progress on stderr."""
-    Console(stderr=True, highlight=False).print(line, markup=False)
+    Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
 
 
 def say_where(page: Path) -> None:

@@ -9,14 +9,13 @@ import typer
 
 from ..errors import ConfigError
 from .app import app
-from .options import ClassMap, Device, ValSplit, best_device, new_file
+from .options import ClassMap, Device, Overwrite, ValSplit, best_device, check_output, new_file
 from .printing import command_line, provenance, say, say_where, show
 
 if TYPE_CHECKING:
     from ..explain import Explanation
 
 Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="The dense model to put beside it.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 EXPLAINED = "explained.json"
 
 
@@ -135,12 +134,3 @@ def file_names(images: list[Path]) -> list[str]:
         number = sum(image.stem == other.stem for other in images[: len(names)])
         names.append(f"{image.stem}-{number + 1}" if number else image.stem)
     return names
-
-
-def check_output(folder: Path, patterns: list[str], overwrite: bool) -> None:
-    """Refuse a folder that cannot take the files, or that holds some of them already, before the work starts."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give a folder")
-    there = [path.name for pattern in patterns for path in folder.glob(pattern)]
-    if there and not overwrite:
-        raise ConfigError(f"{folder} holds {there[0]} already; give another --output, or --overwrite")

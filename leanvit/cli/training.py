@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +45,7 @@ def slim_model(
     method: MethodText,
     data_dir: DataDir,
     epochs: Annotated[int, typer.Option(min=0, metavar="N", help="Of distillation; 0 needs no labels.")] = 0,
-    warm_start_steps: Annotated[int, typer.Option(metavar="N", help="Label-free steps a block.")] = 60,
+    warm_start_steps: Annotated[int, typer.Option(min=0, metavar="N", help="Label-free steps a block.")] = 60,
     teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Whom to learn from; else MODEL.")] = None,
     output: Folder = None,
     budget: Annotated[
@@ -67,6 +67,7 @@ def slim_model(
     that its mean cost is met, and beside them the figures of all and the curve through them (budgets.png).
     """
     from ..budget import set_budget
+    from ..count import forms
     from ..data import class_names
     from ..methods import parse
     from ..model import deploy, slim
@@ -85,6 +86,8 @@ def slim_model(
     if budget:
         runs = {folder / f"budget-{share:g}": (aimed_at(share, methods, dense), share) for share in shares(budget)}
     resuming = {own: check_folder(own, resume) for own in runs}
+    if not epochs and any(resuming.values()):
+        raise ConfigError(f"{folder} holds a run that was trained; give the --epochs it had, or another --output")
     tutor = resolve_model(teacher, pretrained=True) if teacher else dense
     # Opened before the work starts: data that does not fit the model is to be known now, not in an hour.
     test_images = held_out(data_dir, training, dense)
@@ -110,6 +113,8 @@ def slim_model(
             save(lean, folder / "last", overwrite=resume)
         fast = deploy(lean)
         save(fast, folder / "deployed", overwrite=True, class_names=names)
+        for form in forms(fast):
+            say(form)
         return lean_beside_dense(dense, fast, test_images, device)
 
     tables = {share: run(own, own_methods, share) for own, (own_methods, share) in runs.items()}
@@ -117,6 +122,8 @@ def slim_model(
     if measured:
         table = measured[None] if not budget else side_by_side(measured)
         files.write(ctx, table, folder)
+        for line in slowdowns(table.rows):
+            say(line)
         if budget and test_images is not None:
             pareto(table.rows, folder / "budgets.png", title=method)
 
@@ -186,6 +193,16 @@ def side_by_side(tables: Mapping[float | None, Table]) -> Table:
             elif share == next(iter(tables)):
                 rows.append(row)
     return Table(rows, title=next(iter(tables.values())).title)
+
+
+def slowdowns(rows: Iterable[Row]) -> list[str]:
+    """A line for each point of measurement at which a lean model is slower than the dense one."""
+    return [
+        f"slower than dense: {row['model']} at batch {row['infer_batch_size']}, {row['precision']}, {row['engine']} "
+        f"({row['speedup']:.2f}×); its MACs are {row['infer_gmacs']:.3g} G"
+        for row in rows
+        if row.get("speedup") is not None and row["speedup"] < 1
+    ]
 
 
 def run_folder(output: Path | None, experiment: str, names: list[str]) -> Path:

@@ -218,6 +218,9 @@ class Plan:
 
     def resolve(self, methods: Sequence[Method]) -> tuple[Method, ...]:
         """Decide the parameters of all methods, those that reduce tokens first: others depend on where that happens."""
+        for method in methods:
+            if not isinstance(method, Method):
+                raise ConfigError(f"{method!r} is no method; give one such as leanvit.GLAD(), or methods.parse(text)")
         names = [method.name for method in methods]
         for name in names:
             if names.count(name) > 1:

@@ -83,9 +83,9 @@ class DGSSA(Method):
         if isinstance(layers, str):
             count = auto_count(layers, default=max(1, plan.depth // 3))
             if count > plan.first_reduction:
+                which = "come before tokens are reduced" if plan.first_reduction < plan.depth else "there are"
                 raise MethodError(
-                    f"dgssa: layers={layers!r} asks for {count} layers and only {plan.first_reduction} come before "
-                    "tokens are reduced"
+                    f"dgssa: layers={layers!r} asks for {count} layers and only {plan.first_reduction} {which}"
                 )
             variance = {layer.index: layer.relative_variance for layer in plan.statistics[: plan.first_reduction]}
             layers = tuple(sorted(sorted(variance, key=lambda index: variance[index])[:count]))

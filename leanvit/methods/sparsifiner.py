@@ -75,6 +75,11 @@ class Sparsifiner(Method):
         if not _is_number(self.reconstruction) or not 0 <= self.reconstruction < 1:
             raise ConfigError(f"sparsifiner: reconstruction={self.reconstruction!r} is not in [0, 1)")
 
+    @property
+    def data_dependent(self) -> bool:  # type: ignore[override]
+        """Whether the number of keys depends on the image: with a threshold."""
+        return self.threshold is not None
+
     def resolve(self, plan: Plan) -> Self:
         layers = tuple(range(plan.depth)) if isinstance(self.layers, str) else self.layers
         plan.check_blocks(self.name, layers)
@@ -299,10 +304,15 @@ class DeployedSparseAttention(nn.Module):
         mixed = sparse_attention(q, k, v, predictor, self.packed(), tokens.positions, budget, threshold)
         return Attended(project(self, x, mixed, *residual), q, k)
 
+    @property
+    def runs_as(self) -> str:
+        """Which of its two forms runs where the model is."""
+        if takes_kernel(self.predictor().q_weight.mT):
+            return "sparsifiner runs as one operation"
+        return "sparsifiner runs as a mask on scaled_dot_product_attention, which skips nothing"
+
     def __repr__(self) -> str:
-        fused = takes_kernel(self.predictor().q_weight.mT)
-        path = "one operation" if fused else "a mask on scaled_dot_product_attention"
-        return f"{description(self)}, deployed as {path}"
+        return f"{description(self)}, deployed: {self.runs_as}"
 
 
 # ---- parts

@@ -10,6 +10,8 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
+from ..errors import LeanVitWarning
+
 Arguments = ParamSpec("Arguments")
 
 
@@ -32,6 +34,7 @@ def warn_of_emulation(device_type: str) -> None:
     if not has_bf16(device_type):
         warnings.warn(
             f"bf16: this {device_type.upper()} has no bf16 arithmetic and emulates it; fp32 is several times faster",
+            LeanVitWarning,
             stacklevel=3,
         )
 
