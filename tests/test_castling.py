@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import leanvit
+from leanvit.methods import castling
 from leanvit.methods.base import claim_attention
 
 from .contract import photos, small_vit
@@ -226,6 +227,36 @@ def test_behind_removed_and_merged_tokens(conv):
         merged = tokens.merge(lambda patches: patches[:, ::2], torch.full((2, 9), 2.0))
         alike = attention.attend(merged.x, merged).x
         assert not torch.allclose(alike, attention.attend(merged.x, tokens.with_x(merged.x)).x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("then", ["", "+pruning:at=1"])
+@pytest.mark.parametrize("conv", ["grid", "tokens"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_the_operation_gives_what_torch_gives(conv, then, dtype, tolerance, monkeypatch):
+    vit = small_vit()
+    lean = leanvit.slim(vit, *leanvit.methods.parse(f"castling:conv={conv},kernel=3,layers=0,2,3{then}"))
+    for index in (0, 2, 3):
+        lean.blocks[index].attn.conv.weight.normal_(std=0.3)
+    fast, images = leanvit.deploy(lean), photos(vit)
+    runs = []
+    wanted = castling.angular_attention
+    monkeypatch.setattr(castling, "angular_attention", lambda *some: runs.append(some) or wanted(*some))
+    got = fast.to(dtype)(images.to(dtype))
+    assert len(runs) == 3 and (runs[-1][-1] is not None) == bool(then and conv == "grid")
+    monkeypatch.setattr(castling, "takes_kernel", lambda *_: False)
+    by_torch = fast.to(dtype)(images.to(dtype))
+    assert ((got - by_torch).abs() <= tolerance * (1 + by_torch.abs())).all()  # as in bf16 itself, relative to the size
+    monkeypatch.undo()
+    if dtype is torch.float32:
+        assert (got - lean(images)).abs().max() < 1e-4  # one filter a head
+
+
+@torch.no_grad()
+def test_graphs_for_other_engines_have_operations_of_torch_alone():
+    fast = leanvit.deploy(leanvit.slim(small_vit(), leanvit.Castling(kernel=3)))
+    program = torch.export.export(fast, (torch.randn(2, 3, 32, 32),))
+    assert "leanvit" not in str(program.graph)
 
 
 def values(attention, x):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from leanvit.ops import sparse
+from leanvit.ops import kernels, sparse
 from leanvit.ops.sparse import (
     Predictor,
     connections,
@@ -107,6 +107,27 @@ def test_patches_that_are_left_use_their_own_places():
     assert torch.equal(mask[:1], connections_reference(q[:1], k[:1], one, None, 12))
 
 
+@pytest.mark.parametrize("some", [False, True])
+@torch.no_grad()
+def test_a_head_is_pooled_in_parts(some):
+    q, k, v, predictor = a_case(2, 2, 1, 400, 32, 20)
+    places = None
+    if some:  # 333 patches make five parts, the last one shorter
+        places = torch.stack([torch.randperm(400)[:333] for _ in range(2)])
+        q, k, v = (x[:, :, :334] for x in (q, k, v))
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(q, k, v, predictor, places, 40))
+    finally:
+        torch.set_num_threads(before)
+    mask = connections(q, k, predictor, places, 40)
+    assert torch.equal(mask, connections_reference(q, k, predictor, places, 40))
+    assert (results[0] - masked(q, k, v, mask)).abs().max() < 1e-5
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 @shapes
 @torch.no_grad()
 def test_every_key_is_dense_attention(batch, heads, prefix, patches, width, rows):
@@ -186,7 +207,7 @@ def test_calls_from_several_threads_do_not_meet():
 def test_without_torchs_own_threads(monkeypatch):
     q, k, v, predictor = a_case(4, 3, 1, 63, 32, 10)
     expected = run(q, k, v, predictor, None, 9)
-    monkeypatch.setattr(sparse, "_openmp", lambda: None)
+    monkeypatch.setattr(kernels, "openmp", lambda: None)
     assert torch.equal(run(q, k, v, predictor, None, 9), expected)
 
 

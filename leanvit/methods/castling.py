@@ -19,7 +19,7 @@ from ..analysis import attention_map
 from ..attention import Attended, project
 from ..errors import ConfigError, InputSizeError, MethodError
 from ..model import Tokens
-from ..ops.angular import angular_map, linear_angular
+from ..ops.angular import angular_attention, angular_map, linear_angular, takes_kernel
 from ..ops.depthwise import add_convolved, convolve_tokens
 from ..record import Recorder, offer
 from . import register
@@ -139,8 +139,11 @@ class AngularAttention(Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         offer("linear_attention", self.layer, lambda: angular_map(q, k))
         beside = self.beside(q, k, v, tokens.size)
-        mixed = linear_angular(q, k, v, self.gain, beside=beside, size=tokens.size)
-        mixed = self.conv(mixed, qkv[:, :, 2].flatten(2), tokens)
+        if beside is None and tokens.size is None and takes_kernel(q, k, v, self.gain, self.conv.weight):
+            mixed = angular_attention(q, k, v, self.gain, self.conv.filters(), *self.conv.layout(tokens, count))
+        else:
+            mixed = linear_angular(q, k, v, self.gain, beside=beside, size=tokens.size)
+            mixed = self.conv(mixed, qkv[:, :, 2].flatten(2), tokens)
         return Attended(project(self, x, mixed, *residual), k=k)
 
     def beside(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor | None:
@@ -268,8 +271,17 @@ class Convolution(nn.Module):
         """Refuse a patch grid that the kernel does not fit."""
 
     def spread(self, channels: int) -> None:
-        """Repeat each head's filter for all its channels, which every call of the convolution would do else."""
-        self.weight = nn.Parameter(self.weight.detach().repeat_interleave(channels, dim=0))
+        """Repeat each head's filter for all its channels, a tap's side by side, as every call would do else."""
+        spread = self.weight.detach().repeat_interleave(channels, dim=0)  # (C, …)
+        self.weight = nn.Parameter(spread.movedim(0, -1).contiguous().movedim(-1, 0))
+
+    def filters(self) -> Tensor:
+        """The filters as those of images, ``(F, rows, columns)``."""
+        raise NotImplementedError
+
+    def layout(self, tokens: Tokens, count: int) -> tuple[int, Grid, Tensor | None]:
+        """How many tokens have no neighbours, the grid of the others, and where on it these lie unless in order."""
+        raise NotImplementedError
 
     def each_tap(self, v: Tensor, tokens: Tokens) -> Iterator[Tensor]:
         """What the convolution gives where one tap is one and all others are zero, tap by tap."""
@@ -291,6 +303,12 @@ class TokenConvolution(Convolution):
 
     def __init__(self, heads: int, kernel: int, layer: int) -> None:
         super().__init__(heads, kernel, layer=layer)
+
+    def filters(self) -> Tensor:
+        return self.weight.unsqueeze(-1)
+
+    def layout(self, tokens: Tokens, count: int) -> tuple[int, Grid, Tensor | None]:
+        return 0, (count, 1), None
 
     def add(self, mixed: Tensor, v: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
         return mixed + convolve_tokens(v, weight)
@@ -314,17 +332,24 @@ class GridConvolution(Convolution):
     def check_grid(self, grid: Grid) -> None:
         check_kernel(self.weight.shape[-1], grid)
 
-    def add(self, mixed: Tensor, v: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
-        prefix, patches, (height, width) = tokens.prefix, v.shape[1] - tokens.prefix, tokens.grid
+    def filters(self) -> Tensor:
+        return self.weight
+
+    def layout(self, tokens: Tokens, count: int) -> tuple[int, Grid, Tensor | None]:
+        patches, (height, width) = count - tokens.prefix, tokens.grid
         if tokens.positions is None and (tokens.reduced or patches != height * width):
             raise InputSizeError(
                 f"castling: block {self.layer} gets {patches} patch tokens and knows a grid of {height}×{width}; "
                 "call set_input_size() for another image size"
             )
-        if tokens.positions is None:
+        return tokens.prefix, tokens.grid, tokens.positions
+
+    def add(self, mixed: Tensor, v: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
+        prefix, (height, width), positions = self.layout(tokens, v.shape[1])
+        if positions is None:
             return add_convolved(mixed, v, weight, prefix, tokens.grid)
         order = torch.arange(prefix, device=v.device).expand(v.shape[0], -1)
-        places = torch.cat([order, tokens.positions + prefix], dim=1).unsqueeze(-1).expand_as(v)  # (B, P + M, C)
+        places = torch.cat([order, positions + prefix], dim=1).unsqueeze(-1).expand_as(v)  # (B, P + M, C)
         full = v.new_zeros(v.shape[0], prefix + height * width, v.shape[2]).scatter(1, places, v)
         return mixed + add_convolved(torch.zeros_like(full), full, weight, prefix, tokens.grid).gather(1, places)
 

@@ -7,13 +7,7 @@ reference selects a mask for `scaled_dot_product_attention`.
 
 from __future__ import annotations
 
-import ctypes
-import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .kernels import compiled, run
 from .linear import needs_gradient
 
 TOP = 8
@@ -30,9 +25,9 @@ LANES = 16
 """Columns of the basis that the kernel keeps or leaves out together."""
 SCRATCH = 2e6
 """Bytes of packed keys and values at a time: they stay in cache, and memory stays bounded."""
+PARTS = 8
+"""Parts of a head's keys that are pooled on their own, at most, so that all threads get their share."""
 
-PATIENCE = 1.0
-"""Seconds within which a compiled kernel comes from disk."""
 NOTICE = "leanvit: compiling sparse attention for this processor; it takes some seconds, once"
 
 
@@ -193,47 +188,10 @@ def exporting() -> bool:
 
 @cache
 def _kernels(width: int) -> tuple[Any, Any]:
-    """The two stages of the kernel for heads of a width, from disk where they were compiled before."""
+    """The two stages of the kernel for heads of a width."""
     from . import sparse_kernel
 
-    notice = threading.Timer(PATIENCE, print, (NOTICE,), {"file": sys.stderr, "flush": True})
-    notice.daemon = True
-    notice.start()
-    try:
-        return sparse_kernel.compile_kernels(width, disk=True)
-    except RuntimeError:  # no folder to write to
-        return sparse_kernel.compile_kernels(width, disk=False)
-    finally:
-        notice.cancel()
-
-
-@cache
-def _openmp() -> Callable[..., None] | None:
-    """The call by which torch's own threads run a function together, where this build of torch has it."""
-    try:
-        library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
-        run = library.GOMP_parallel
-    except (OSError, AttributeError, StopIteration):
-        return None
-    run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return run  # type: ignore[no-any-return]
-
-
-@cache
-def _call(stage: Any) -> Callable[[int], None]:
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(stage.address)
-
-
-def _run(stage: Any, fields: np.ndarray[Any, Any], tasks: int) -> None:
-    threads = min(torch.get_num_threads(), tasks)
-    run = _openmp() if threads > 1 else None
-    if threads == 1:
-        _call(stage)(fields.ctypes.data)
-    elif run is not None:
-        run(stage.address, fields.ctypes.data, threads, 0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(_call(stage), [fields.ctypes.data] * threads))
+    return compiled(sparse_kernel.compile_kernels, width, NOTICE)  # type: ignore[no-any-return]
 
 
 def _sparse(
@@ -249,8 +207,11 @@ def _sparse(
     prefix = tokens - (positions if places is None else places.shape[1])
     a_head = tokens * width
     images = max(1, min(int(SCRATCH / (8 * heads * a_head)), q.shape[0]))
-    scratch = torch.empty(images * heads * (2 * a_head + packed.q_weight.shape[-1] * wide) + 4 * width)
-    a = np.zeros(at.FIELDS, np.int64)
+    parts = max(1, min(PARTS, (tokens - prefix) // at.KEYS_AT_A_TIME))
+    pooled = packed.q_weight.shape[-1] * wide
+    scratch = torch.empty(images * heads * (2 * a_head + (1 + parts) * pooled) + at.LANES * width)
+    done = np.empty(images * heads, np.int64)
+    a = [0] * at.FIELDS  # filled in one by one, which an array takes much longer for
     a[at.HEADS : at.BF16 + 1] = (
         heads, tokens, prefix, positions, rows, wide, TOP, min(budget, tokens) - prefix, round(threshold * 1e9),
         q.dtype is torch.bfloat16,
@@ -258,21 +219,24 @@ def _sparse(
     a[at.KEYS] = scratch.data_ptr()
     a[at.VALUES] = a[at.KEYS] + 4 * images * heads * a_head
     a[at.POOLED] = a[at.VALUES] + 4 * images * heads * a_head
+    a[at.POOLED_PARTS] = a[at.POOLED] + 4 * images * heads * pooled
+    a[at.PARTS], a[at.POOLED_DONE] = parts, done.ctypes.data
     a[at.Q_WEIGHT : at.BASIS_VALUES + 1] = [table.data_ptr() for table in packed]
     for first in range(0, q.shape[0], images):
         some = slice(first, first + images)
         for field, x in ((at.Q, q), (at.K, k), (at.V, v), (at.OUT, out)):
             if x is not None:
-                a[field : field + 4] = (x[some].data_ptr(), *x.stride()[:3])
+                a[field : field + 4] = (x.data_ptr() + first * x.stride(0) * x.element_size(), *x.stride()[:3])
         if mask is not None:
             a[at.MASK] = mask[some].data_ptr()
         if places is not None:
             a[at.PLACES] = places[some].data_ptr()
         count = min(images, q.shape[0] - first)
         blocks = -(-tokens // at.QUERIES)
-        for stage, tasks in zip(stages, (count * heads, count * heads * blocks), strict=True):
+        done.fill(0)
+        for stage, tasks in zip(stages, (count * heads * parts, count * heads * blocks), strict=True):
             a[at.NEXT_TASK], a[at.TASKS] = 0, tasks
-            _run(stage, a, tasks)
+            run(stage, np.array(a, np.int64), tasks)
 
 
 @torch.library.custom_op("leanvit::sparse_attention", mutates_args=(), device_types="cpu")

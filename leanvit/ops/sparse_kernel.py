@@ -3,9 +3,11 @@
 Compiled by Numba when first used, cached on disk by Numba, and run by the threads of torch's own pool: a pool beside it
 would have to wait for torch's idle threads, which spin.
 
-How a block of queries goes, for one image and head: coefficients against the pooled keys; then, query by query, the
-largest coefficients, the sum of as many sparse rows of the basis, the largest scores of that sum, and attention to
-those keys. No array is larger than one head's keys, or one query's scores. Rows are padded with zeros to whole vectors.
+Keys are pooled part by part, and whoever finishes a head's last part adds up all of them: were whole heads the tasks,
+threads would idle where heads are few. How a block of queries goes, for one image and head: coefficients against the
+pooled keys; then, query by query, the largest coefficients, the sum of as many sparse rows of the basis, the largest
+scores of that sum, and attention to those keys. No array is larger than one head's keys, or one query's scores. Rows
+are padded with zeros to whole vectors.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -17,7 +19,10 @@ from numba import cfunc, njit, types
 
 from .vectors import (
     LANES,
+    WIDE,
     add,
+    add_one,
+    add_product,
     at_least,
     exp2,
     first,
@@ -26,7 +31,6 @@ from .vectors import (
     largest,
     load,
     load_bf16,
-    lowest,
     multiply,
     multiply_add,
     number,
@@ -39,8 +43,11 @@ from .vectors import (
     store_byte,
     store_integer,
     store_number,
+    store_places,
     store_totals,
     take_one,
+    tallied,
+    tally,
     total,
 )  # fmt: skip
 
@@ -52,12 +59,19 @@ KEYS_AT_A_TIME = 64
     NEXT_TASK, TASKS, HEADS, TOKENS, PREFIX, POSITIONS, BASIS_ROWS, WIDE_ROWS, TOP, KEEP, THRESHOLD, BF16,
     Q, Q_IMAGE, Q_HEAD, Q_TOKEN, K, K_IMAGE, K_HEAD, K_TOKEN, V, V_IMAGE, V_HEAD, V_TOKEN,
     OUT, OUT_IMAGE, OUT_HEAD, OUT_TOKEN, MASK, PLACES, KEYS, VALUES, POOLED,
-    Q_WEIGHT, K_WEIGHT, POOLING, BASIS_STARTS, BASIS_BLOCKS, BASIS_VALUES, FIELDS,
-) = range(40)  # fmt: skip
+    Q_WEIGHT, K_WEIGHT, POOLING, BASIS_STARTS, BASIS_BLOCKS, BASIS_VALUES,
+    PARTS, POOLED_PARTS, POOLED_DONE, FIELDS,
+) = range(43)  # fmt: skip
 """What a call is told: counts, addresses, and strides in elements. The threshold travels in billionths."""
 
-F32, I32 = 4, 4
+F32, I32, I64 = 4, 4, 8
 NOTHING, SMALL = np.float32(-3e38), np.float32(2e-38)
+FEW, MANY = (0.6, 0.75, 0.85, 0.93), (0.0, 0.03, 0.12, 0.4)
+"""Where the border of the largest coefficients, and of the best scores, is looked for first: where it is on photos."""
+PLACES_OF_BITS = np.array(
+    [([i for i in range(8) if bits >> i & 1] + 8 * [0])[:8] for bits in range(256)], np.uint8
+)  # fmt: skip
+"""Which bits of a byte are set, then zeros, ``(256, 8)``."""
 
 
 def _inline(function):
@@ -83,72 +97,53 @@ def _load_row(address, offset, bf16, width, scale, to):
 
 @_inline
 def _project(x, weight, rows, width, columns, out):
-    """out (rows, columns) = x (rows, width) · weight (width, columns), rows a multiple of 4, columns of 16."""
-    zero = splat(np.float32(0))
-    for t in range(0, rows, 4):
-        x0 = x + F32 * t * width
-        x1, x2, x3 = x0 + F32 * width, x0 + 2 * F32 * width, x0 + 3 * F32 * width
-        for j in range(0, columns, 2 * LANES):
-            pair = j + LANES < columns
-            a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
-            at = weight + F32 * j
-            if pair:
-                for i in range(width):
-                    a, b = load(at), load(at + F32 * LANES)
-                    y0, y1 = splat(number(x0 + F32 * i)), splat(number(x1 + F32 * i))
-                    y2, y3 = splat(number(x2 + F32 * i)), splat(number(x3 + F32 * i))
-                    a0, b0 = multiply_add(y0, a, a0), multiply_add(y0, b, b0)
-                    a1, b1 = multiply_add(y1, a, a1), multiply_add(y1, b, b1)
-                    a2, b2 = multiply_add(y2, a, a2), multiply_add(y2, b, b2)
-                    a3, b3 = multiply_add(y3, a, a3), multiply_add(y3, b, b3)
-                    at += F32 * columns
-            else:
-                for i in range(width):
-                    a = load(at)
-                    a0 = multiply_add(splat(number(x0 + F32 * i)), a, a0)
-                    a1 = multiply_add(splat(number(x1 + F32 * i)), a, a1)
-                    a2 = multiply_add(splat(number(x2 + F32 * i)), a, a2)
-                    a3 = multiply_add(splat(number(x3 + F32 * i)), a, a3)
-                    at += F32 * columns
+    """out (rows, columns) = x (rows, width) · weight (width, columns), rows and columns multiples of 16."""
+    for i in range(0, rows * columns, LANES):
+        store(out + F32 * i, splat(np.float32(0)))
+    for t in range(0, rows, LANES):
+        for j in range(0, columns, LANES):
             to = out + F32 * (t * columns + j)
-            store(to, a0)
-            store(to + F32 * columns, a1)
-            store(to + 2 * F32 * columns, a2)
-            store(to + 3 * F32 * columns, a3)
-            if pair:
-                to += F32 * LANES
-                store(to, b0)
-                store(to + F32 * columns, b1)
-                store(to + 2 * F32 * columns, b2)
-                store(to + 3 * F32 * columns, b3)
+            row = x + F32 * t * width
+            add_product(row, F32 * width, F32, weight + F32 * j, F32 * columns, width, to, F32 * columns)
 
 
 @_inline
 def _counts(x, vectors, b0, b1, b2, b3):
     """How many values are at least as large as each of four borders."""
     w0, w1, w2, w3 = splat(b0), splat(b1), splat(b2), splat(b3)
-    n0, n1, n2, n3 = 0, 0, 0, 0
+    if WIDE:  # comparing gives sixteen bits; elsewhere it gives lanes, and bits would have to be made of them
+        n0, n1, n2, n3 = 0, 0, 0, 0
+        for i in range(vectors):
+            values = load(x + F32 * LANES * i)
+            n0 += ones(at_least(values, w0))
+            n1 += ones(at_least(values, w1))
+            n2 += ones(at_least(values, w2))
+            n3 += ones(at_least(values, w3))
+        return n0, n1, n2, n3
+    zero = splat(np.float32(0))
+    t0, t1, t2, t3 = zero, zero, zero, zero
     for i in range(vectors):
         values = load(x + F32 * LANES * i)
-        n0 += ones(at_least(values, w0))
-        n1 += ones(at_least(values, w1))
-        n2 += ones(at_least(values, w2))
-        n3 += ones(at_least(values, w3))
-    return n0, n1, n2, n3
+        t0, t1 = tally(t0, values, w0), tally(t1, values, w1)
+        t2, t3 = tally(t2, values, w2), tally(t3, values, w3)
+    return tallied(t0), tallied(t1), tallied(t2), tallied(t3)
 
 
 @_inline
 def _write_down(bits, start, found, chosen):
-    """Write down which bits are set; how many numbers are there then."""
-    while bits != np.uint64(0):
-        store_integer(chosen + I32 * found, start + lowest(bits))
-        bits &= bits - np.uint64(1)
-        found += 1
+    """Write down which of sixteen bits are set; how many numbers are there then.
+
+    Eight places are written at a time, without a branch: what is behind the last one means nothing.
+    """
+    for part in range(0, LANES, 8):
+        byte = (bits >> np.uint64(part)) & np.uint64(255)
+        store_places(chosen + I32 * found, PLACES_OF_BITS.ctypes.data + 8 * np.int64(byte), start + part)
+        found += ones(byte)
     return found
 
 
 @_inline
-def _largest(x, count, low, wanted, chosen):
+def _largest(x, count, low, wanted, guesses, chosen):
     """Write down which values are the largest, in ascending order, ties to the lower index; how many there are.
 
     The border between them and the rest is bracketed by counting how many values lie above it.
@@ -158,6 +153,7 @@ def _largest(x, count, low, wanted, chosen):
         count: How many.
         low: No value is less.
         wanted: How many of them to find.
+        guesses: Where to look first, four shares of the way from `low` to the largest value, ascending.
         chosen: Address of the result.
     """
     vectors = whole(count) // LANES
@@ -168,8 +164,9 @@ def _largest(x, count, low, wanted, chosen):
     above = np.float32(top + abs(top) * np.float32(1e-6) + np.float32(SMALL))
     many, few = count, 0  # values from `low` on, values from `above` on
     span = np.float32(above - low)
-    b0, b1, b2 = np.float32(low + SMALL), np.float32(low + span * 0.2), np.float32(low + span * 0.4)
-    b3 = np.float32(low + span * 0.65)
+    # More than `low`, since many scores are zero.
+    b0, b1 = np.float32(low + span * guesses[0] + SMALL), np.float32(low + span * guesses[1])
+    b2, b3 = np.float32(low + span * guesses[2]), np.float32(low + span * guesses[3])
     while many > wanted:
         n0, n1, n2, n3 = _counts(x, vectors, b0, b1, b2, b3)
         before = span
@@ -186,8 +183,11 @@ def _largest(x, count, low, wanted, chosen):
         span = np.float32(above - low)
         if span >= before or span <= SMALL:
             break  # neighbouring numbers: what lies between is equal
-        b0, b1 = np.float32(low + span * 0.2), np.float32(low + span * 0.4)
-        b2, b3 = np.float32(low + span * 0.6), np.float32(low + span * 0.8)
+        # Close to where the border is if values are spread evenly, and half as far, in case they are not.
+        part = np.float32(many - wanted) / np.float32(many - few)
+        rest = np.float32(1) - part
+        b0, b1 = np.float32(low + span * part * 0.5), np.float32(low + span * part * 0.9)
+        b2, b3 = np.float32(low + span * (part + rest * 0.1)), np.float32(low + span * (part + rest * 0.5))
     border, ties, found = splat(low), wanted - few, 0
     for i in range(vectors):
         values = load(x + F32 * LANES * i)
@@ -202,6 +202,14 @@ def _largest(x, count, low, wanted, chosen):
                 ties -= 1
         found = _write_down(bits, LANES * i, found, chosen)
     return found
+
+
+@_inline
+def _add_two(x, y, v, w, a, b):
+    """Add x·v and y·w to two sums; to one alone where registers are few."""
+    if WIDE:
+        return multiply_add(x, load(v), a), multiply_add(y, load(w), b)
+    return multiply_add(y, load(w), multiply_add(x, load(v), a)), b
 
 
 @_inline
@@ -239,13 +247,13 @@ def _attend(q, keys, values, chosen, count, weights, out, width):
         for i in range(0, count, 2):
             x, v = splat(number(weights + F32 * i)), values + row * integer(chosen + I32 * i) + j
             y, w = splat(number(weights + F32 * (i + 1))), values + row * integer(chosen + I32 * (i + 1)) + j
-            a0, b0 = multiply_add(x, load(v), a0), multiply_add(y, load(w), b0)
+            a0, b0 = _add_two(x, y, v, w, a0, b0)
             if one:
-                a1, b1 = multiply_add(x, load(v + F32 * LANES), a1), multiply_add(y, load(w + F32 * LANES), b1)
+                a1, b1 = _add_two(x, y, v + F32 * LANES, w + F32 * LANES, a1, b1)
             if two:
-                a2, b2 = multiply_add(x, load(v + 2 * F32 * LANES), a2), multiply_add(y, load(w + 2 * F32 * LANES), b2)
+                a2, b2 = _add_two(x, y, v + 2 * F32 * LANES, w + 2 * F32 * LANES, a2, b2)
             if three:
-                a3, b3 = multiply_add(x, load(v + 3 * F32 * LANES), a3), multiply_add(y, load(w + 3 * F32 * LANES), b3)
+                a3, b3 = _add_two(x, y, v + 3 * F32 * LANES, w + 3 * F32 * LANES, a3, b3)
         store(out + j, multiply(share, add(a0, b0)))
         if one:
             store(out + j + F32 * LANES, multiply(share, add(a1, b1)))
@@ -262,41 +270,47 @@ def _place(a, image, patch):
 
 
 @_inline
-def _pool(a, image, head, width, half, room):
-    """Pack one head's keys and values, and pool the projected keys: the first stage."""
+def _pool(a, image, head, part, width, half, room):
+    """Pack a part of one head's keys and values, and pool the projected keys: the first stage."""
     tokens, prefix, wide, bf16 = a[TOKENS], a[PREFIX], a[WIDE_ROWS], a[BF16]
     which = image * a[HEADS] + head
     keys, values = a[KEYS] + F32 * which * tokens * width, a[VALUES] + F32 * which * tokens * width
-    pooled = a[POOLED] + F32 * which * half * wide
-    one, zero = np.float32(1), splat(np.float32(0))
-    for t in range(tokens):
+    each = (tokens - prefix + a[PARTS] - 1) // a[PARTS]
+    first, last = prefix + part * each, min(prefix + (part + 1) * each, tokens)
+    one = np.float32(1)
+    for t in range(first if part else 0, last):
         at = image * a[K_IMAGE] + head * a[K_HEAD] + t * a[K_TOKEN]
         _load_row(a[K], at, bf16, width, one, keys + F32 * t * width)
         at = image * a[V_IMAGE] + head * a[V_HEAD] + t * a[V_TOKEN]
         _load_row(a[V], at, bf16, width, one, values + F32 * t * width)
-    for i in range(0, half * wide, LANES):
-        store(pooled + F32 * i, zero)
+    size = half * wide
+    parts = a[POOLED_PARTS] + F32 * which * a[PARTS] * size
+    pooled = parts + F32 * part * size
+    for i in range(0, size, LANES):
+        store(pooled + F32 * i, splat(np.float32(0)))
     pooling, weight = a[POOLING] + F32 * head * a[POSITIONS] * wide, a[K_WEIGHT] + F32 * head * width * half
-    for start in range(prefix, tokens, KEYS_AT_A_TIME):
-        # Four rows at a time: the last ones may be values of other tokens, which nothing reads.
-        count = min(KEYS_AT_A_TIME, tokens - start)
+    gathered = room + F32 * KEYS_AT_A_TIME * half
+    for start in range(first, last, KEYS_AT_A_TIME):
+        count = min(KEYS_AT_A_TIME, last - start)
+        # Sixteen rows at a time: the last ones may be values of other tokens, which nothing reads.
         _project(keys + F32 * start * width, weight, count, width, half, room)
-        for i in range(0, half, 4):
-            for j in range(0, wide, LANES):
+        rows = pooling + F32 * (start - prefix) * wide
+        if a[PLACES]:
+            rows = gathered
+            for t in range(count):
+                row = pooling + F32 * _place(a, image, start - prefix + t) * wide
+                for j in range(0, wide, LANES):
+                    store(gathered + F32 * (t * wide + j), load(row + F32 * j))
+        for j in range(0, wide, LANES):
+            for i in range(0, half, LANES):
                 to = pooled + F32 * (i * wide + j)
-                a0, a1 = load(to), load(to + F32 * wide)
-                a2, a3 = load(to + 2 * F32 * wide), load(to + 3 * F32 * wide)
-                for t in range(count):
-                    row = load(pooling + F32 * (_place(a, image, start - prefix + t) * wide + j))
-                    x = room + F32 * (t * half + i)
-                    a0 = multiply_add(splat(number(x)), row, a0)
-                    a1 = multiply_add(splat(number(x + F32)), row, a1)
-                    a2 = multiply_add(splat(number(x + 2 * F32)), row, a2)
-                    a3 = multiply_add(splat(number(x + 3 * F32)), row, a3)
-                store(to, a0)
-                store(to + F32 * wide, a1)
-                store(to + 2 * F32 * wide, a2)
-                store(to + 3 * F32 * wide, a3)
+                add_product(room + F32 * i, F32, F32 * half, rows + F32 * j, F32 * wide, count, to, F32 * wide)
+    if add_one(a[POOLED_DONE] + I64 * which) == a[PARTS] - 1:  # the last one adds up all, in order
+        for i in range(0, size, LANES):
+            x = load(parts + F32 * i)
+            for j in range(1, a[PARTS]):
+                x = add(x, load(parts + F32 * (j * size + i)))
+            store(a[POOLED] + F32 * (which * size + i), x)
 
 
 @_inline
@@ -314,7 +328,7 @@ def _coefficients(a, row, wide, chosen):
     store(at, first(load(at), count - wide + LANES, splat(NOTHING)))
     for i in range(0, wide, LANES):
         high = larger(high, load(row + F32 * i))
-    found = _largest(row, count, smallest(low), min(a[TOP], count), chosen)
+    found = _largest(row, count, smallest(low), min(a[TOP], count), FEW, chosen)
     top, mass = splat(np.float32(-largest(high))), splat(np.float32(0))
     for i in range(0, wide, LANES):
         x = exp2(add(load(row + F32 * i), top))
@@ -343,7 +357,7 @@ def _select(a, image, head, row, rows, scores, kept, picked):
         scores = kept
     at = scores + F32 * (whole(patches) - LANES)
     store(at, first(load(at), patches - whole(patches) + LANES, splat(np.float32(-1))))
-    count = _largest(scores, patches, np.float32(0), a[KEEP], picked)
+    count = _largest(scores, patches, np.float32(0), a[KEEP], MANY, picked)
     if a[THRESHOLD] > 0:
         border, best = np.float32(a[THRESHOLD] * 1e-9 * mass), np.float32(0)
         if a[PREFIX] == 0:  # the best one is attended to all the same
@@ -427,12 +441,13 @@ def compile_kernels(width, disk):
     @cfunc(signature, fastmath=True, error_model="numpy", cache=disk)
     def pool(a):
         half = whole(width // 2)
-        room = np.empty(KEYS_AT_A_TIME * half, np.float32)
+        room = np.empty(KEYS_AT_A_TIME * (half + (a[WIDE_ROWS] if a[PLACES] else 0)), np.float32)
         while True:
             task = take_one(a)
             if task >= a[TASKS]:
                 return
-            _pool(a, task // a[HEADS], task % a[HEADS], width, half, room.ctypes.data)
+            which, part = task // a[PARTS], task % a[PARTS]
+            _pool(a, which // a[HEADS], which % a[HEADS], part, width, half, room.ctypes.data)
 
     @cfunc(signature, fastmath=True, error_model="numpy", cache=disk)
     def attend(a):

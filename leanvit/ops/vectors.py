@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
+"""Whether a vector is one of 32 registers; with AVX2 it is two of 16, so eight sums would fill them all."""
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
 
@@ -171,6 +173,24 @@ def store_totals(builder: Any, address: Any, a: Any, b: Any, c: Any, d: Any) -> 
     return ir.Constant(ir.IntType(8).as_pointer(), None)
 
 
+@_operation(vector, vector, vector, vector)
+def tally(builder: Any, counts: Any, x: Any, y: Any) -> Any:
+    """Counts, one a lane, one more where x ≥ y; they begin with zeros, and `tallied` reads them."""
+    more = builder.zext(builder.fcmp_ordered(">=", x, y), _INTS)
+    return builder.bitcast(builder.add(builder.bitcast(counts, _INTS), more), _FLOATS)
+
+
+@_operation(types.int64, vector)
+def tallied(builder: Any, counts: Any) -> Any:
+    """The sum of counts."""
+    whole = ir.IntType(32)
+    kind = ir.FunctionType(whole, [_INTS])
+    sum_ = builder.call(
+        builder.module.declare_intrinsic("llvm.vector.reduce.add.v16i32", (), kind), [builder.bitcast(counts, _INTS)]
+    )
+    return builder.zext(sum_, ir.IntType(64))
+
+
 @_operation(types.uint64, vector, vector)
 def at_least(builder: Any, x: Any, y: Any) -> Any:
     """Sixteen bits: where x ≥ y."""
@@ -182,12 +202,6 @@ def at_least(builder: Any, x: Any, y: Any) -> Any:
 def ones(builder: Any, bits: Any) -> Any:
     """How many bits are set."""
     return builder.ctpop(bits)
-
-
-@_operation(types.int64, types.uint64)
-def lowest(builder: Any, bits: Any) -> Any:
-    """Which is the lowest bit that is set; there is one."""
-    return builder.cttz(bits, ir.Constant(ir.IntType(1), 1))
 
 
 # 2^x on [0, 1) by a polynomial, relative error 3e-9.
@@ -248,6 +262,18 @@ def store_integer(builder: Any, address: Any, x: Any) -> Any:
     return ir.Constant(ir.IntType(8).as_pointer(), None)
 
 
+@_operation(types.void, types.int64, types.int64, types.int64)
+def store_places(builder: Any, address: Any, bytes_: Any, start: Any) -> Any:
+    """Eight bytes from an address, a number added to each, to an address as int32."""
+    few, many = (ir.VectorType(ir.IntType(bits), 8) for bits in (8, 32))
+    places = builder.zext(builder.load(_pointer(builder, bytes_, few), align=1), many)
+    start = builder.trunc(start, ir.IntType(32))
+    one = builder.insert_element(ir.Constant(many, ir.Undefined), start, ir.Constant(ir.IntType(32), 0))
+    spread = builder.shuffle_vector(one, one, ir.Constant(many, [0] * 8))
+    builder.store(builder.add(places, spread), _pointer(builder, address, many), align=4)
+    return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+
 @_operation(types.void, types.int64, types.int64)
 def store_byte(builder: Any, address: Any, x: Any) -> Any:
     """One number to an address, as a byte."""
@@ -259,3 +285,59 @@ def store_byte(builder: Any, address: Any, x: Any) -> Any:
 def take_one(builder: Any, counter: Any) -> Any:
     """Add one to a counter that threads share; gives what it was."""
     return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+
+@_operation(types.int64, types.int64)
+def add_one(builder: Any, address: Any) -> Any:
+    """Add one to a counter that threads share, after what they wrote before; gives what it was."""
+    one = ir.Constant(ir.IntType(64), 1)
+    return builder.atomic_rmw("add", _pointer(builder, address, ir.IntType(64)), one, "acq_rel")
+
+
+# Rows of a 16×16 tile whose sums are formed together: as many as there are registers for, so that none goes to memory.
+# Sixteen vectors fill half of AVX-512's; with AVX2, where a vector takes two registers, six leave four of sixteen free.
+_ROWS = (16,) if WIDE else (6, 6, 4)
+
+
+@_operation(types.void, *[types.int64] * 8)
+def add_product(
+    builder: Any, x: Any, x_row: Any, x_step: Any, y: Any, y_step: Any, steps: Any, out: Any, out_row: Any
+) -> Any:
+    """out[row] += Σ x[row, step]·y[step], sixteen rows of numbers x and vectors y; all by address, strides in bytes."""
+    for rows in _ROWS:
+        _add_rows(builder, rows, x, x_row, x_step, y, y_step, steps, out, out_row)
+        x, out = _nth(builder, x, rows, x_row), _nth(builder, out, rows, out_row)
+    return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+
+def _nth(builder: Any, address: Any, index: int, stride: Any) -> Any:
+    return builder.add(address, builder.mul(ir.Constant(address.type, index), stride))
+
+
+def _add_rows(
+    builder: Any, rows: int, x: Any, x_row: Any, x_step: Any, y: Any, y_step: Any, steps: Any, out: Any, out_row: Any
+) -> None:
+    """Some rows of `add_product`: a loop over the steps, at least one, that keeps the rows' sums in registers."""
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    places = [_pointer(builder, _nth(builder, out, row, out_row), _FLOATS) for row in range(rows)]
+    starts = [ir.Constant(steps.type, 0), x, y, *(builder.load(place, align=4) for place in places)]
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    carried = [builder.phi(start.type) for start in starts]
+    step, x_at, y_at, *sums = carried
+    line = builder.load(_pointer(builder, y_at, _FLOATS), align=4)
+    later = [builder.add(step, ir.Constant(steps.type, 1)), builder.add(x_at, x_step), builder.add(y_at, y_step)]
+    for row, so_far in enumerate(sums):
+        one = builder.load(_pointer(builder, _nth(builder, x_at, row, x_row), ir.FloatType()))
+        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), one, ir.Constant(ir.IntType(32), 0))
+        spread = builder.shuffle_vector(one, one, ir.Constant(_INTS, [0] * LANES))
+        later.append(_call(builder, "llvm.fma.v16f32", spread, line, so_far))
+    for value, start, next_ in zip(carried, starts, later, strict=True):
+        value.add_incoming(start, before)
+        value.add_incoming(next_, loop)
+    builder.cbranch(builder.icmp_signed("<", later[0], steps), loop, after)
+
+    builder.position_at_end(after)
+    for place, value in zip(places, later[3:], strict=True):
+        builder.store(value, place, align=4)
