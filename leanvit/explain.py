@@ -34,7 +34,7 @@ MAPS = {
     "dynamic_attention": "this photo's dynamic attention",
     "linear_attention": "linear-angular attention",
     "softmax_attention": "softmax attention",
-    "connections": "connections: keys attended to",
+    "connections": "connections: the patches it attends to",
 }
 """Recorded kinds ``(H, N, N)``: how much each query attends to each key. How they are called, in drawing order."""
 
@@ -44,7 +44,7 @@ KINDS = (*MAPS, PATCH_USAGE, HEAD_USAGE, SUBLAYER_USAGE)
 SUBLAYERS = ("attention", "MLP")
 
 LITTLE = 0.1
-"""A patch whose part in the tokens is less than this share of the average patch's counts as left out."""
+"""A patch whose part in the tokens is less than this share of the average patch's counts as absent."""
 
 SHOWN_SIDE = 448
 """The photo is shown at least so large, in pixels, however small the model sees it."""
@@ -86,16 +86,18 @@ class AttentionMap:
         kind: One of `MAPS`.
         values: ``(H, P + M, P + M)``, rows summing to one, or 0 and 1 for connections.
         owner: The patch token each patch of the grid belongs to, ``(h·w,)``, counted among the M.
+        absent: ``(h·w,)``, patches with hardly any part in the tokens: they attend to nothing, and nothing to them.
     """
 
     kind: str
     values: Tensor
     owner: Tensor
+    absent: Tensor
 
     def around(self, patch: int, prefix: int) -> Tensor:
         """How much the token of a patch attends to the token of every patch, mean over heads, ``(h·w,)``."""
         row = self.values[:, prefix + int(self.owner[patch]), prefix:].float().mean(dim=0)
-        return row[self.owner]
+        return row[self.owner].masked_fill(self.absent | self.absent[patch], 0.0)
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,11 @@ class BlockTrace:
         description: Its parts, as `print` shows them.
         tokens: Patch tokens that leave it.
         source: ``(M, h·w)``, the share of each patch in each token; one row each where all patches are there.
+        absent: ``(h·w,)``, patches with hardly any part in the tokens.
         maps: Attention maps that it offered.
-        takes_part: ``(h·w,)``, whether each patch takes part in this block; None where all do.
-        heads: ``(H,)``, whether each head was used; None where all were.
+        takes_part: ``(h·w,)``, whether each patch takes part in this block; None where all do. None of them does where
+            neither attention nor MLP runs.
+        heads: ``(H,)``, whether each head was used, none without attention; None where all were.
         sublayers: Whether attention and MLP ran, ``(2,)``; None where both did.
     """
 
@@ -117,6 +121,7 @@ class BlockTrace:
     description: str
     tokens: int
     source: Tensor
+    absent: Tensor
     maps: tuple[AttentionMap, ...] = ()
     takes_part: Tensor | None = None
     heads: Tensor | None = None
@@ -130,9 +135,7 @@ class BlockTrace:
     @property
     def left_out(self) -> Tensor:
         """Patches with hardly any part in the tokens, or none in this block, ``(h·w,)``."""
-        part = self.source.sum(dim=0)
-        little = part < LITTLE * part.mean()
-        return little if self.takes_part is None else little | ~self.takes_part
+        return self.absent if self.takes_part is None else self.absent | ~self.takes_part
 
     @property
     def reduced(self) -> bool:
@@ -369,41 +372,62 @@ def trace(lean: Any, image: Tensor) -> tuple[BlockTrace, ...]:
             value = one.value.detach().float().cpu()
             shared = kind == "static_attention"  # (H, N, N): the same for all images
             offered.setdefault(one.layer, {})[kind] = value if shared else value[0]
-    sources = [_source(tokens) for tokens in passed]
+    patches = [patches_of(tokens) for tokens in passed]
     return tuple(
-        _block_trace(index, repr(block), sources[index], sources[index + 1], offered.get(index, {}), lean.blocks.prefix)
+        _block_trace(index, repr(block), patches[index], patches[index + 1], offered.get(index, {}), lean.blocks.prefix)
         for index, block in enumerate(lean.blocks)
     )
 
 
 def _block_trace(
-    index: int, description: str, before: Tensor, after: Tensor, offered: dict[str, Tensor], prefix: int
+    index: int, description: str, before: Patches, after: Patches, offered: dict[str, Tensor], prefix: int
 ) -> BlockTrace:
-    def owner(tokens: int) -> Tensor:
+    def owner_and_absent(tokens: int) -> tuple[Tensor, Tensor]:
         # A block may reduce its tokens in front of its attention or behind it; the number says which.
-        return (after if len(after) == tokens else before).argmax(dim=0)
+        source, absent = after if len(after[0]) == tokens else before
+        return source.argmax(dim=0), absent
 
     maps = tuple(
-        AttentionMap(kind, offered[kind], owner(offered[kind].shape[-1] - prefix)) for kind in MAPS if kind in offered
+        AttentionMap(kind, offered[kind], *owner_and_absent(offered[kind].shape[-1] - prefix))
+        for kind in MAPS
+        if kind in offered
     )
     usage = offered.get(PATCH_USAGE)
+    takes_part = None if usage is None else (usage > 0.5)[owner_and_absent(len(usage))[0]]
+    heads, sublayers = _as_bool(offered.get(HEAD_USAGE)), _as_bool(offered.get(SUBLAYER_USAGE))
+    if sublayers is not None:  # what is decided for a part that does not run is not used
+        takes_part = None if takes_part is None else takes_part & sublayers.any()
+        heads = None if heads is None else heads & sublayers[0]
     return BlockTrace(
         index=index,
         description=description,
-        tokens=len(after),
-        source=after,
+        tokens=len(after[0]),
+        source=after[0],
+        absent=after[1],
         maps=maps,
-        takes_part=None if usage is None else (usage > 0.5)[owner(len(usage))],
-        heads=_as_bool(offered.get(HEAD_USAGE)),
-        sublayers=_as_bool(offered.get(SUBLAYER_USAGE)),
+        takes_part=takes_part,
+        heads=heads,
+        sublayers=sublayers,
     )
 
 
-def _source(tokens: Tokens) -> Tensor:
-    """The share of each patch in each token, ``(M, h·w)``."""
-    if tokens.source is None:
-        return torch.eye(tokens.grid[0] * tokens.grid[1])
-    return tokens.source[0].float().cpu()
+Patches = tuple[Tensor, Tensor]
+"""What tokens are made of: the share of each patch in each of them, ``(M, h·w)``, and the patches that are absent."""
+
+
+def patches_of(tokens: Tokens) -> Patches:
+    """What tokens are made of, for the first image.
+
+    Returns:
+        The share of each patch in each token, ``(M, h·w)``, and the patches with hardly any part in them, ``(h·w,)``.
+        A patch's part is the sum of its shares, each token counted as often as attention counts it: patches that were
+        merged are all there, however many they are; those that were fused into one token hardly are.
+    """
+    patches = tokens.grid[0] * tokens.grid[1]
+    source = torch.eye(patches) if tokens.source is None else tokens.source[0].float().cpu()
+    size = torch.ones(len(source)) if tokens.size is None else tokens.size[0, tokens.prefix :].float().cpu()
+    part = size @ source
+    return source, part < LITTLE * part.mean()
 
 
 def _as_bool(usage: Tensor | None) -> Tensor | None:

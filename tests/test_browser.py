@@ -105,6 +105,8 @@ def page(browser: Any, report: Path) -> Any:
     choose_model(browser, "glad")  # which one comes first depends on the figures
     wait_until(lambda: text(browser, "block-text").startswith("4 tokens"))
     wait_until(lambda: len(browser.find_elements("css selector", "#maps canvas")) == 1)
+    click_patch(browser, 0.6, 0.6)  # so does the patch
+    wait_until(lambda: "column 3, row 3" in text(browser, "patch-text"))
     return browser
 
 
@@ -140,6 +142,16 @@ def focus(browser: Any, selector: str) -> Any:
     element = browser.find_element("css selector", selector)
     browser.execute_script("arguments[0].focus()", element)
     return element
+
+
+def click_patch(browser: Any, across: float, down: float) -> None:
+    """Click the photo at a place, both from 0 to 1."""
+    from selenium.webdriver import ActionChains
+
+    canvas = browser.find_element("id", "patches")
+    width, height = canvas.size["width"], canvas.size["height"]
+    place = int((across - 0.5) * width), int((down - 0.5) * height)
+    ActionChains(browser).move_to_element_with_offset(canvas, *place).click().perform()
 
 
 def choose_model(browser: Any, name: str) -> None:
@@ -191,13 +203,9 @@ def test_slider_walks_the_blocks(page: Any) -> None:
 
 
 def test_clicking_a_patch_shows_its_connections(page: Any) -> None:
-    from selenium.webdriver import ActionChains
-
-    canvas = page.find_element("id", "patches")
     before = text(page, "patch-text"), pixels(page), pixels(page, "#maps canvas")
     assert "column 3, row 3" in before[0]
-    side = canvas.size["width"]
-    ActionChains(page).move_to_element_with_offset(canvas, int(-0.4 * side), int(-0.4 * side)).click().perform()
+    click_patch(page, 0.1, 0.1)
     wait_until(lambda: "column 1, row 1" in text(page, "patch-text"))
     assert pixels(page) != before[1]
     wait_until(lambda: pixels(page, "#maps canvas") != before[2])
@@ -215,7 +223,7 @@ def test_arrow_keys_choose_a_patch(page: Any) -> None:
 def test_map_shows_what_was_recorded(page: Any) -> None:
     # In `Everything` each token attends to the next one alone: one bright patch, or as many as share that token.
     choose_model(page, "everything")
-    wait_until(lambda: len(page.find_elements("css selector", "#maps canvas")) == 6)
+    wait_until(lambda: text(page, "block-text").startswith("8 tokens for 16 patches, "))
     focus(page, "#block")
     send(page, ARROWS["left"], ARROWS["left"], ARROWS["left"])
     wait_until(lambda: text(page, "block-number").startswith("0 "))
@@ -232,6 +240,22 @@ def test_map_shows_what_was_recorded(page: Any) -> None:
         "} return found"
     )
     assert bright == [11]  # the chosen patch is 10
+
+
+def test_what_is_left_out_is_connected_to_nothing(page: Any) -> None:
+    choose_model(page, "everything")
+    wait_until(lambda: text(page, "block-text").startswith("8 tokens for 16 patches, "))
+    data = json.loads(page.execute_script("return document.getElementById('data').textContent"))
+    (everything,) = (model for model in data["models"] if model["name"] == "everything")
+    tokens = data["layouts"][everything["photos"][0]["blocks"][3]["maps"][0]["rows"]]
+    assert tokens.count(-1) == 8
+    for _ in range(2):
+        for patch, says in ((tokens.index(-1), "is left out here, and connected to nothing"), (tokens.index(0), "")):
+            click_patch(page, 0.25 * (patch % 4) + 0.1, 0.25 * (patch // 4) + 0.1)
+            if says:
+                wait_until(lambda says=says: says in text(page, "maps"))
+            else:
+                wait_until(lambda: len(page.find_elements("css selector", "#maps canvas")) == 6)
 
 
 def test_usage_of_heads_and_sublayers(page: Any) -> None:
@@ -279,10 +303,10 @@ def test_table_sorts(page: Any) -> None:
             assert values == sorted(values, reverse=reverse) and len(values) == 6
             assert button.find_element("xpath", "..").get_attribute("aria-sort") == state
         assert len(page.find_elements("css selector", ".sortable th[aria-sort]")) == 1
-    button = sorter("Against dense")
+    button = sorter("Top-1 change")
     for _ in range(2):  # what is not known stays below
         button.click()
-        assert column("Against dense")[-2:] == ["", ""]
+        assert column("Top-1 change")[-2:] == ["", ""]
 
 
 def test_points_say_what_they_are(page: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from leanvit.cli import app
 from leanvit.count import count
 from leanvit.data import data_config, open_data
 from leanvit.errors import ConfigError, DataError
-from leanvit.explain import Explainer, Explanation, as_seen, class_descriptions, trace
+from leanvit.explain import Explainer, Explanation, as_seen, class_descriptions, patches_of, trace
+from leanvit.model import Tokens
 from leanvit.photos import LONGEST_SIDE, in_mode, read_photo
 from leanvit.report import figures
 from leanvit.store import save
@@ -113,6 +115,38 @@ class TestExplanation:
         patch = int((after.owner == 3).nonzero()[0])
         assert set(after.owner[after.maps[0].around(patch, prefix=1) > 0].tolist()) == {4}
 
+    def test_what_does_not_run_uses_nothing(self, tiny_vit, photo) -> None:
+        # A decision network decides on heads and patches also of a block that it switches off.
+        adapts = leanvit.slim(tiny_vit, leanvit.AdaViT())
+        for block, (attention, mlp) in zip(adapts.blocks[1:], [(-9.0, 9.0), (9.0, -9.0), (-9.0, -9.0)], strict=True):
+            block.decide.image.weight.data.zero_()
+            block.decide.image.bias.data = torch.tensor([9.0, 9.0, 9.0, attention, mlp])
+        found = leanvit.explain(adapts, photo).blocks
+        assert [block.sublayers.tolist() for block in found[1:]] == [[False, True], [True, False], [False, False]]
+        assert [int(block.heads.sum()) for block in found[1:]] == [0, 3, 0]
+        assert [int(block.left_out.sum()) for block in found[1:]] == [0, 0, 16]
+
+    def test_what_is_left_out_is_not_attended_to(self, tiny_vit, photo) -> None:
+        # A dropped patch belongs to no token; that it is counted to the first must not show.
+        pruning = leanvit.TokenPruning(keep=0.5, at=(1,), fuse=False)
+        pruned = leanvit.slim(tiny_vit, leanvit.Sparsifiner(keep=1.0), pruning)
+        found = leanvit.explain(pruned, photo).blocks[-1]
+        (connections,) = found.maps
+        assert found.tokens == 8 and int(connections.absent.sum()) == 8
+        out = connections.absent
+        kept, dropped = int((~out).nonzero()[0]), int(out.nonzero()[0])
+        assert torch.equal(connections.around(kept, prefix=1) == 0, out)
+        assert not connections.around(dropped, prefix=1).any()
+
+    def test_what_is_merged_is_there(self) -> None:
+        # 33 of 64 patches in one token: by their shares alone they would be less than a tenth of the average.
+        shares = torch.zeros(32, 64)
+        shares[0, :33] = 1 / 33
+        shares[1:, 33:] = torch.eye(31)
+        fused = Tokens(torch.zeros(1, 33, 8), prefix=1, grid=(8, 8), reduced=True, source=shares[None])
+        merged = replace(fused, size=torch.tensor([[1.0, 33.0, *[1.0] * 31]]))
+        assert int(patches_of(fused)[1].sum()) == 33 and not patches_of(merged)[1].any()
+
     def test_training_mode_is_kept(self, lean, photo) -> None:
         lean.train()
         leanvit.explain(lean, photo)
@@ -148,10 +182,27 @@ class TestFigures:
         everything = leanvit.explain(leanvit.slim(tiny_vit, Everything()), photo).figures()
         assert set(everything) == set(figures.ABOUT)
 
-    def test_panels_say_what_became_of_the_patches(self, lean, photo) -> None:
+    def test_panels_say_what_became_of_the_patches(self, tiny_vit, lean, photo) -> None:
         drawn = leanvit.explain(lean, photo).figures()["tokens"]
         titles = [axes.get_title(loc="left") for axes in drawn.axes if axes.images]
         assert titles == ["16 patches", "block 2: 8 tokens", "block 3: 4 tokens"]
+        everything = leanvit.explain(leanvit.slim(tiny_vit, Everything()), photo).figures()["tokens"]
+        titles = [axes.get_title(loc="left") for axes in everything.axes if axes.images]
+        assert titles == ["16 patches", "block 0: 8 of 16 left out", "block 2: 8 tokens, 12 left out"]
+
+    def test_each_says_what_it_shows(self, tiny_vit, photo) -> None:
+        for name, figure in leanvit.explain(leanvit.slim(tiny_vit, Everything()), photo).figures().items():
+            assert figure.get_suptitle().replace("\n", " ") == figures.ABOUT[name]
+
+    def test_patches_of_a_token_take_on_its_mean_colour(self, lean, tmp_path) -> None:
+        halves = Image.new("RGB", (64, 64), "black")
+        halves.paste("white", (0, 0, 64, 32))
+        halves.save(tmp_path / "halves.png")
+        panel = leanvit.explain(lean, tmp_path / "halves.png").figures()["tokens"].axes[2]  # squares of 2×2 patches
+        tint = panel.images[1].get_array()
+        assert tint.shape == (4, 4, 4) and (tint[..., 3] == figures.TINT).all()
+        np.testing.assert_allclose(tint[:2, :, :3], 1.0, atol=0.05)
+        np.testing.assert_allclose(tint[2:, :, :3], 0.0, atol=0.05)
 
     def test_borders_lie_between_tokens(self, lean, photo) -> None:
         found = leanvit.explain(lean, photo)

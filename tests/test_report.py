@@ -24,7 +24,7 @@ from leanvit.errors import CheckpointError, ConfigError, DataError
 from leanvit.explain import Explainer
 from leanvit.measure import EvalResult, compare, environment
 from leanvit.report import charts, gallery, gather, headline
-from leanvit.report.page import Page, Source, columns, cost_charts, curve_charts, render, write
+from leanvit.report.page import Page, Source, columns, cost_charts, curve_charts, photo_cells, render, scatters, write
 from leanvit.store import save
 
 from .contract import small_vit
@@ -196,6 +196,11 @@ class TestCharts:
         heights = sorted(float(y) for _, _, y in texts)
         assert all(later - earlier > 10 for earlier, later in pairwise(heights))
 
+    def test_charts_say_which_source_where_there_are_several(self) -> None:
+        rows = [row(name, 10.0, 80.0, source=source) for source in (0, 1) for name in ("dense", "a")]
+        assert [title for title, _ in scatters(rows)] == ["fp32, batch 32, source 1", "fp32, batch 32, source 2"]
+        assert [title for title, _ in scatters(rows[:2])] == ["fp32, batch 32"]
+
     def test_points_say_what_they_are(self) -> None:
         drawn = Checker(str(charts.scatter([charts.Point("a<b", 1, 2, about=["fast"])], "x", "y")))
         (point,) = drawn.tags("g")
@@ -211,6 +216,9 @@ class TestCharts:
         assert charts.Scale([0, 10], 0, 100, zero=True, margin=0).ticks() == [0, 2, 4, 6, 8, 10]
         assert charts.Scale([1, 3], 0, 100, margin=0).ticks(whole=True) == [1, 2, 3]
         assert len(charts.Scale([5.0], 0, 100).ticks()) > 1
+
+    def test_counted(self) -> None:
+        assert [charts.counted(number, "thread") for number in (1, 2)] == ["1 thread", "2 threads"]
 
     def test_curves(self) -> None:
         rows = [
@@ -231,7 +239,7 @@ class TestCharts:
 class TestTable:
     def test_columns_that_say_something(self) -> None:
         found = {column.heading: column for column in columns([row("dense", 100.0), row("a", 200.0, speedup=2.0)])}
-        assert "Top-1 %" not in found and found["Speed against dense"].cells == [("", None), ("2.00×", 2.0)]
+        assert "Top-1 %" not in found and found["Speedup"].cells == [("", None), ("2.00×", 2.0)]
         assert found["Source"].cells[0] == ("1", 0) and found["Images/s"].numbers and not found["Model"].numbers
 
 
@@ -256,6 +264,15 @@ class TestGallery:
         static = {photo["blocks"][0]["maps"][0]["map"] for photo in data["models"][0]["photos"]}
         dynamic = {photo["blocks"][0]["maps"][1]["map"] for photo in data["models"][0]["photos"]}
         assert len(static) == 1 and len(dynamic) == gather.PHOTOS
+
+    def test_maps_have_no_key_for_what_is_left_out(self, dense, photos) -> None:
+        lean = leanvit.slim(dense, Everything())
+        found = Explainer(lean, rounds=1)(next(photos.rglob("*.png")))
+        data = gallery.gallery({"all": [found]})
+        after = data["models"][0]["photos"][0]["blocks"][2]["maps"][0]
+        keys = np.array(data["layouts"][after["columns"]])
+        assert (keys == -1).sum() == 8 and sorted(keys[keys >= 0]) == list(range(8))
+        assert data["layouts"][after["rows"]] == keys.tolist()  # nor do they attend to anything
 
     def test_map_values_survive(self, page) -> None:
         found = page.galleries["glad"][0].blocks[0].maps[1]
@@ -309,12 +326,41 @@ class TestPage:
         links = {tag["href"][1:] for tag in found.tags("a")}
         assert links <= set(ids) and len(links) >= 5
 
+    def test_colours_can_be_read(self) -> None:
+        def luminance(colour: str) -> float:
+            digits = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
+            parts = (int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4))
+            red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+            return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+        style = (Path(gallery.__file__).parent / "page.css").read_text(encoding="utf-8")
+        schemes = [
+            dict(re.findall(r"--(\w+): #(\w+);", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
+        ]
+        assert [scheme["paper"] for scheme in schemes] == ["fff", "161616"]
+        for scheme in schemes:
+            for name in set(scheme) - {"paper", "rule"}:
+                dark, light = sorted((luminance(scheme["paper"]), luminance(scheme[name])))
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, name  # WCAG 2.2, level AA
+
     def test_holds_the_figures(self, html, page) -> None:
         lean = next(row for row in page.rows if row["model"] == "glad")
         assert f"{lean['top1']:.1f}" in html and f"{lean['speedup']:.2f}×" in html
         assert "Replace the attention of chosen layers" in html  # what the methods do, in their own words
         assert environment()["processor"] in html and "leanvit compare …" in html
         assert "easiest (5)" in html and "Everywhere: pixels 32, precision fp32." in html
+
+    def test_captions_of_many_models_are_short(self, page) -> None:
+        (photos,) = page.galleries.values()
+        few, many = (photo_cells({f"m{number}": photos for number in range(models)}) for models in (2, 4))
+        assert all("%" in "".join(models) for models in few[0]["said"].values())
+        assert sorted(name for models in many[0]["said"].values() for name in models) == [
+            "dense",
+            "m0",
+            "m1",
+            "m2",
+            "m3",
+        ]
 
     def test_photos_run_from_easy_to_hard(self, page) -> None:
         sureness = [one.dense.top[0].probability for one in page.galleries["glad"]]
@@ -384,6 +430,8 @@ class TestRuns:
         assert page.galleries["student"][0].blocks[0].maps[1].kind == "dynamic_attention"
         assert list(page.curves) == ["student"] and page.sources[0].command == "leanvit report"
         assert [source.seed for source in page.sources] == [None, 7]
+        training = page.sources[1]
+        assert training.command == "leanvit slim x" and training.environment["processor"] == "Abacus 9"
 
     def test_a_sample_of_the_images(self, runs, photos) -> None:
         page = gather.page_of_runs(list(runs), data_dir=str(photos), images=10, **QUICK)

@@ -197,14 +197,14 @@ def compare(
     """
     from ..measure import compare as measure
     from ..measure import environment
-    from ..report.gather import machine, page_of
+    from ..report.gather import machine, page_of, short_names
     from ..report.page import Source, check_file, write
     from ..store import resolve_model
 
     if report:
         check_file(report, overwrite)
     dense = choice.load()
-    models = {str(path): resolve_model(str(path)) for path in lean}
+    models = {name: resolve_model(str(path)) for name, path in zip(short_names(lean), lean, strict=True)}
     for model in (dense, *models.values()):
         data.crop(model)
     table = measure(

@@ -165,6 +165,11 @@ def brief(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def counted(number: int, thing: str) -> str:
+    """So many things: "1 thread", "2 threads"."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def _svg(about: str, height: float, parts: Iterable[Markup]) -> Markup:
     return Markup('<svg class="chart" viewBox="0 0 {} {:.0f}" role="group" aria-label="{}">{}</svg>').format(
         WIDTH, height, about, Markup("").join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 
 from .plots import DENSE, FRONTIER, LEAN
@@ -29,12 +31,17 @@ MAP_TITLES = {
     "connections": "connections",
 }
 ABOUT = {
-    "predictions": "Predictions of the dense and the lean model.",
-    "tokens": "Patches by block. Lines part patches that belong to different tokens; whitened patches are left out.",
-    "usage": "Heads and sub-layers by block: filled squares were used for this photo.",
-    "attention": "What the marked patch attends to, by block; brighter is more.",
+    "predictions": "What the photo is taken for, with the multiply-accumulates (MACs) and the time that took.",
+    "tokens": "Patches by block. White: left out. Lines part tokens; patches that share one take on its mean colour.",
+    "usage": "Heads and sub-layers by block. Filled: used for this photo; empty: skipped.",
+    "attention": "What the marked patch attends to, by block: brighter is more (scaled, mean over heads).",
 }
-"""What each figure shows, also its alternative text."""
+"""What each figure shows; it stands above the figure, and is its alternative text."""
+
+LETTERS_AN_INCH = 14
+"""Of a figure's heading, roughly: how long its lines can be."""
+TINT = 0.55
+"""How strongly a token's mean colour covers its patches, from 0 to 1."""
 
 
 def draw(explanation: Explanation) -> dict[str, Figure]:
@@ -47,6 +54,10 @@ def draw(explanation: Explanation) -> dict[str, Figure]:
         figures["usage"] = _usage(explanation)
     if any(block.maps for block in explanation.blocks):
         figures["attention"] = _attention(explanation)
+    for name, figure in figures.items():
+        lines = textwrap.wrap(ABOUT[name], int(LETTERS_AN_INCH * figure.get_figwidth()))
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
     return figures
 
 
@@ -108,16 +119,21 @@ def _tokens(explanation: Explanation, blocks: list[BlockTrace]) -> Figure:
     axes[0].set_title(f"{len(blocks[0].owner)} patches", fontsize=9, loc="left")
     for panel, block in zip(axes[1:], blocks, strict=False):
         panel.imshow(explanation.photo)
+        if block.reduced:
+            _tint(panel, explanation, block)
         _veil(panel, explanation, block.left_out)
         if block.reduced:
             _borders(panel, explanation, block.owner)
-        left_out = int(block.left_out.sum())
-        panel.set_title(
-            f"block {block.index}: {block.tokens} tokens" + (f", {left_out} patches out" if left_out else ""),
-            fontsize=9,
-            loc="left",
-        )
+        panel.set_title(f"block {block.index}: {_became(block)}", fontsize=9, loc="left")
     return figure
+
+
+def _became(block: BlockTrace) -> str:
+    """What became of the patches in a block, in few words."""
+    left_out = int(block.left_out.sum())
+    if not block.reduced:
+        return f"{left_out} of {len(block.owner)} left out"
+    return f"{block.tokens} tokens" + (f", {left_out} left out" if left_out else "")
 
 
 def _usage(explanation: Explanation) -> Figure:
@@ -128,7 +144,7 @@ def _usage(explanation: Explanation) -> Figure:
         from leanvit.explain import SUBLAYERS
 
         names += SUBLAYERS
-    figure = _figure(1.6 + 0.42 * len(names) + 0.8, 0.8 + 0.3 * len(blocks))
+    figure = _figure(max(1.0 + 0.3 * len(names), 3.0), 0.8 + 0.3 * len(blocks))
     (axes,) = [figure.subplots()]
     for block in blocks:
         used = [True] * heads if block.heads is None else block.heads.tolist()
@@ -140,12 +156,11 @@ def _usage(explanation: Explanation) -> Figure:
                     (place - 0.4, block.index - 0.4), 0.8, 0.8, facecolor=LEAN if on else "white", edgecolor="0.6"
                 )
             )
-    axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(len(blocks) - 0.4, -0.6), ylabel="block", aspect="equal")
+    axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(len(blocks) - 0.4, -0.6), ylabel="block", aspect="equal", anchor="W")
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     axes.set_yticks(range(len(blocks)))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("used for this photo (filled) or skipped", fontsize=9, loc="left")
     return figure
 
 
@@ -158,7 +173,8 @@ def _attention(explanation: Explanation) -> Figure:
         panel.imshow(explanation.photo)
         _veil(panel, explanation, 1 - (row / row.max().clamp_min(1e-9)).sqrt(), colour="black")
         _mark(panel, explanation, explanation.query)
-        panel.set_title(f"block {index}: {MAP_TITLES[found.kind]}", fontsize=9, loc="left")
+        title = "patch left out" if found.absent[explanation.query] else MAP_TITLES[found.kind]
+        panel.set_title(f"block {index}: {title}", fontsize=9, loc="left")
     return figure
 
 
@@ -179,6 +195,21 @@ def _veil(axes: Axes, explanation: Explanation, strength: Tensor, colour: str = 
     veil[..., 3] = 0.85 * strength.float().reshape(explanation.grid).numpy()
     width, height = explanation.photo.size
     axes.imshow(veil, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+
+
+def _tint(axes: Axes, explanation: Explanation, block: BlockTrace) -> None:
+    """Cover patches that share a token with their mean colour, so that those far from each other are seen to belong."""
+    rows, columns = explanation.grid
+    width, height = explanation.photo.size
+    small = explanation.photo.resize((columns, rows), Image.Resampling.BOX)
+    colours = np.asarray(small, dtype=float).reshape(rows * columns, 3) / 255
+    owner, there = block.owner.numpy(), ~block.left_out.numpy()
+    tint = np.zeros((rows * columns, 4))
+    for token in np.unique(owner[there]):
+        patches = there & (owner == token)
+        if patches.sum() > 1:
+            tint[patches] = (*colours[patches].mean(axis=0), TINT)
+    axes.imshow(tint.reshape(rows, columns, 4), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
 
 
 def _borders(axes: Axes, explanation: Explanation, owner: Tensor) -> None:

@@ -82,7 +82,7 @@ class _Store:
         return self.layouts.number(owner.tolist())
 
     def map(self, kind: str, weights: Tensor, rows: Tensor, columns: Tensor) -> dict[str, Any]:
-        """A map: weights ``(queries, keys)``, and the query and the key that each patch is."""
+        """A map: weights ``(queries, keys)``, and the query and the key that each patch is, -1 for none."""
         return {
             "kind": kind,
             "map": self.maps.number(_png(weights)),
@@ -111,7 +111,8 @@ def _block(block: BlockTrace, explanation: Explanation, store: _Store) -> dict[s
     maps = [_attention(found, explanation, store) for found in block.maps]
     if block.reduced:
         every_patch = torch.arange(block.source.shape[1])
-        maps.append(store.map(SOURCE, block.source, block.owner, every_patch))
+        owner = block.owner.masked_fill(block.absent, -1)
+        maps.append(store.map(SOURCE, block.source, owner, every_patch))
     return {
         "parts": block.description,
         "tokens": block.tokens,
@@ -132,6 +133,7 @@ def _attention(found: AttentionMap, explanation: Explanation, store: _Store) -> 
         groups = torch.nn.functional.one_hot(owner).float()  # (h·w, cells)
         groups = groups / groups.sum(dim=0)
         weights = groups.T @ weights @ groups
+    owner = owner.masked_fill(found.absent, -1)
     return store.map(found.kind, weights, owner, owner)
 
 

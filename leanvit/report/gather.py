@@ -340,16 +340,24 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     folders = [Path(path).expanduser() for path in paths]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("a run is given more than once")
-    names = [folder.resolve().name for folder in folders]
     return [
         Run(
-            name=name if names.count(name) == 1 and name != DENSE else str(folder),
+            name=name,
             path=folder,
             model=resolve_model(str(folder)),
             results=_results(folder / "results.json"),
             settings=_settings(folder / "args.yaml"),
             curves=read_csv(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else (),
         )
+        for name, folder in zip(short_names(folders), folders, strict=True)
+    ]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Names for the models in some folders, as short as tells them apart from one another and from the dense one."""
+    names = [folder.resolve().name for folder in folders]
+    return [
+        name if names.count(name) == 1 and name != DENSE else str(folder)
         for name, folder in zip(names, folders, strict=True)
     ]
 
@@ -429,8 +437,10 @@ def _results_source(run: Run) -> Source:
 def _training(run: Run) -> Source:
     return Source(
         title=f"training of {run.name} ({run.path / 'args.yaml'})",
+        command=run.results.get("command_line") or "",
         seed=run.settings.get("seed"),
         settings={name: value for name, value in run.settings.items() if value not in (None, "", [])},
+        environment=machine(run.results.get("environment") or {}),
     )
 
 

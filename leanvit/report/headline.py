@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from .charts import brief
+from .charts import brief, counted
 from .tables import Row
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _machine(row: Row, environment: Mapping[str, Any]) -> str:
     gpus = environment.get("gpus") or ()
     processor = environment.get("processor") or "a processor that was not recorded"
     where = gpus[0] if gpus and device != "cpu" else processor
-    threads = f", {row['threads']} threads" if row.get("threads") and device == "cpu" else ""
+    threads = f", {counted(row['threads'], 'thread')}" if row.get("threads") and device == "cpu" else ""
     versions = environment.get("versions") or {}
     torch = versions.get("torch") or row.get("torch")
     return f"{where}{threads}" + (f", torch {torch}" if torch else "")
@@ -208,8 +208,9 @@ def ignored(galleries: Mapping[str, Sequence[Explanation]]) -> str:
     out /= sum(len(one.blocks) for one in photos)
     parts = []
     if tokens < patches:
-        several = "s" if tokens > 1 else ""
-        parts.append(f"its last block works on {brief(tokens)} token{several} in place of {patches} patches")
+        parts.append(
+            f"its last block works on {brief(tokens)} token{'s' if tokens > 1 else ''} in place of {patches} patches"
+        )
     if out >= 0.005:
         parts.append(f"over all blocks it leaves out {out:.0%} of the patches")
     shown = f"{len(photos)} photos" if len(photos) > 1 else "photo"

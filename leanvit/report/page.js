@@ -98,8 +98,9 @@ if (document.getElementById("data")) {
   }
   function mark(pen, sheet, patch) {
     const [x, y, width, height] = corners(sheet, patch);
-    pen.lineWidth = 4; pen.strokeStyle = "#000"; pen.strokeRect(x, y, width, height);
-    pen.lineWidth = 2.5; pen.strokeStyle = "#ff9b4a"; pen.strokeRect(x, y, width, height);
+    const line = Math.max(1.5, sheet.width / 150);
+    pen.lineWidth = 2 * line; pen.strokeStyle = "#000"; pen.strokeRect(x, y, width, height);
+    pen.lineWidth = line; pen.strokeStyle = "#ff9b4a"; pen.strokeRect(x, y, width, height);
   }
 
   function drawPatches(image) {
@@ -116,22 +117,28 @@ if (document.getElementById("data")) {
       pen.beginPath(); pen.moveTo(x + 2, y + height - 2); pen.lineTo(x + width - 2, y + 2); pen.stroke();
     }
     if (reduced) {
+      const gone = patch => block.out[patch] === "1";
+      const mine = patch => owner[patch] === owner[state.patch] && !gone(patch) && !gone(state.patch);
       pen.fillStyle = "rgba(255,155,74,.3)";
-      owner.forEach((token, patch) => {
-        if (token === owner[state.patch] && block.out[patch] !== "1") pen.fillRect(...corners(canvas, patch));
-      });
-      pen.beginPath();
-      for (let patch = 0; patch < owner.length; patch++) {
-        const [x, y, width, height] = corners(canvas, patch), both = other => block.out[patch] === "1" && block.out[other] === "1";
-        if (patch % columns < columns - 1 && owner[patch] !== owner[patch + 1] && !both(patch + 1)) {
-          pen.moveTo(x + width, y); pen.lineTo(x + width, y + height);
+      for (let patch = 0; patch < owner.length; patch++) if (mine(patch)) pen.fillRect(...corners(canvas, patch));
+      const outline = (parts, line, colour) => {
+        pen.beginPath();
+        for (let patch = 0; patch < owner.length; patch++) {
+          const [x, y, width, height] = corners(canvas, patch), right = patch + 1, below = patch + columns;
+          if (right % columns && parts(patch, right)) {
+            pen.moveTo(x + width, y); pen.lineTo(x + width, y + height);
+          }
+          if (below < owner.length && parts(patch, below)) {
+            pen.moveTo(x, y + height); pen.lineTo(x + width, y + height);
+          }
         }
-        if (patch < columns * (rows - 1) && owner[patch] !== owner[patch + columns] && !both(patch + columns)) {
-          pen.moveTo(x, y + height); pen.lineTo(x + width, y + height);
-        }
-      }
-      pen.lineWidth = 3; pen.strokeStyle = "#000"; pen.stroke();
-      pen.lineWidth = 1.4; pen.strokeStyle = "#fff"; pen.stroke();
+        pen.lineWidth = line; pen.strokeStyle = colour; pen.stroke();
+      };
+      const differ = (one, other) => owner[one] !== owner[other] && !(gone(one) && gone(other));
+      outline(differ, 3, "#000");
+      outline(differ, 1.4, "#fff");
+      outline((one, other) => mine(one) !== mine(other), 5, "#000");
+      outline((one, other) => mine(one) !== mine(other), 2.5, "#ff9b4a");
     }
     mark(pen, canvas, state.patch);
     const place = `column ${state.patch % columns + 1}, row ${Math.floor(state.patch / columns) + 1}`;
@@ -139,8 +146,10 @@ if (document.getElementById("data")) {
     canvas.setAttribute("aria-label", `${name}, ${rows} by ${columns} patches, after block ${state.block}`);
     const left = [...block.out].filter(bit => bit === "1").length;
     at("block-number").textContent = `${state.block} (of 0 to ${shown.blocks.length - 1})`;
-    at("block-text").textContent = `${block.tokens} token${block.tokens > 1 ? "s" : ""} for ${owner.length} patches` +
-      (left ? `; ${left} patches left out` : "") + `. In this block: ${block.parts}.`;
+    const tokens = `${block.tokens} token${block.tokens > 1 ? "s" : ""} for ${owner.length} patches`;
+    at("block-text").textContent = (left && !reduced ? `${left} of ${owner.length} patches left out` :
+      tokens + (left ? `, ${left} of them left out` : "")) + "." +
+      (block.parts === "dense" ? "" : ` In this block: ${block.parts}.`);
     const together = owner.filter((token, patch) => token === owner[state.patch] && block.out[patch] !== "1").length;
     const fate = block.out[state.patch] === "1" ? "is left out here" :
       together > 1 ? `shares its token with ${together - 1} other${together > 2 ? "s" : ""}` : "has a token of its own";
@@ -149,12 +158,14 @@ if (document.getElementById("data")) {
 
   async function drawMaps(image, turn) {
     const { block } = now();
-    const figures = await Promise.all(block.maps.map(async found => {
+    const shown = block.maps.filter(found => data.layouts[found.rows][state.patch] >= 0);  // -1: left out
+    const figures = await Promise.all(shown.map(async found => {
       const map = await values(found.map), rows = data.layouts[found.rows], columns = data.layouts[found.columns];
       const figure = element("figure"), sheet = element("canvas");
       const pen = fit(sheet, image, 176);
       for (let patch = 0; patch < columns.length; patch++) {
-        const strength = map.of[rows[state.patch] * map.width + columns[patch]] / 255;
+        const key = columns[patch];
+        const strength = key < 0 ? 0 : map.of[rows[state.patch] * map.width + key] / 255;
         pen.fillStyle = `rgba(0,0,0,${.88 * (1 - strength)})`;
         pen.fillRect(...corners(sheet, patch));
       }
@@ -169,7 +180,9 @@ if (document.getElementById("data")) {
     if (figures.length) at("maps").replaceChildren(...figures);
     else {
       const elsewhere = now().shown.blocks.some(other => other.maps.length);
-      const text = "No attention is drawn for this block" + (elsewhere ? "; move the slider to one that offers it." : ", nor for others.");
+      const text = block.maps.length ? "The chosen patch is left out here, and connected to nothing; choose another one." :
+        elsewhere ? "No attention is drawn for this block; move the slider to one that offers it." :
+        "No attention is drawn for this model.";
       at("maps").replaceChildren(element("p", text, "muted"));
     }
   }
@@ -203,7 +216,8 @@ if (document.getElementById("data")) {
     const { shown } = now();
     at("predictions").replaceChildren(...shown.outcomes.map(outcome => {
       const part = element("div"), list = element("ol");
-      part.append(element("b", `${outcome.model}: ${outcome.gmacs.toPrecision(3)} GMACs, ${outcome.ms.toPrecision(3)} ms`));
+      part.append(element("b", outcome.model));
+      part.append(element("span", `${outcome.gmacs.toPrecision(3)} GMACs, ${outcome.ms.toPrecision(3)} ms`, "muted"));
       for (const [name, share] of outcome.top) {
         const item = element("li", `${name}, ${Math.round(100 * share)} %`), bar = element("span", undefined, `bar ${outcome.model}`);
         bar.style.width = `${Math.max(100 * share, .5)}%`;
@@ -264,9 +278,11 @@ if (document.getElementById("data")) {
   }
   if (choice) choice.addEventListener("change", () => chooseModel(choice.selectedIndex));
 
-  // To start with, the last block, where most is left out, and the middle patch.
+  // To start with, the last block, where most is left out, and of the patches that are there the one closest to the middle.
   const { shown, rows, columns } = now();
   state.block = shown.blocks.length - 1;
-  state.patch = Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+  const fromMiddle = patch => Math.hypot(Math.floor(patch / columns) - Math.floor(rows / 2), patch % columns - Math.floor(columns / 2));
+  const patches = [...Array(rows * columns).keys()].sort((a, b) => fromMiddle(a) - fromMiddle(b));
+  state.patch = patches.find(patch => now().block.out[patch] !== "1") ?? patches[0];
   chooseModel(0);
 }

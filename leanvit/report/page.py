@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 NOTHING = 1e-3
 """Parts of a model below this share of its cost are not drawn."""
 
+SURENESS_UP_TO = 3
+"""Of so many models each photo's caption says how sure they are; of more, only what they take it for."""
+
 FEW = 500
 """Below so many photos, differences in accuracy are mostly chance, and the page says so."""
 
@@ -171,7 +174,10 @@ def scatters(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
         }
         best = [points[row["model"]] for row in frontier(group, "infer_samples_per_sec", "top1")]
         chart = charts.scatter(list(points.values()), "images a second", "accuracy (top-1), %", best)
-        found.append((point_name(group[0]), chart))
+        title = point_name(group[0])
+        if len({row.get("source") for row in usable}) > 1:
+            title += f", source {group[0]['source'] + 1}"
+        found.append((title, chart))
     return found
 
 
@@ -197,29 +203,37 @@ class Column:
 
 HEADINGS = {
     "model": "Model",
-    "method": "Method",
     "quarter": "Quarter",
     "data": "Images",
     "infer_img_size": "Pixels",
     "precision": "Precision",
     "infer_batch_size": "Batch",
+    "infer_samples_per_sec": "Images/s",
+    "speedup": "Speedup",
     "confidence": "Sureness",
     "dense_top1": "Dense top-1 %",
     "top1": "Top-1 %",
-    "top1_diff": "Against dense",
+    "top1_diff": "Top-1 change",
     "agreement": "Agreement %",
     "infer_gmacs": "GMACs",
     "gmacs_mean": "GMACs, mean",
-    "infer_samples_per_sec": "Images/s",
-    "speedup": "Speed against dense",
     "realised_share": "Realised share",
     "latency_p50": "Median ms",
     "latency_p99": "p99 ms",
     "peak_memory_mb": "Memory MB",
-    "param_count": "Values, M",
+    "param_count": "Parameters, M",
+    "method": "Method",
     "trained": "Trained",
     "source": "Source",
 }
+CURVES = {
+    "train_loss": "whole loss",
+    "train_ce": "labels",
+    "train_kd": "teacher",
+    "val_top1": "held-out images",
+}
+"""What columns of ``metrics.csv`` are called; the terms of methods keep their names."""
+
 FORMATS = {
     "top1": "{:.1f}",
     "dense_top1": "{:.1f}",
@@ -321,7 +335,7 @@ def curve_charts(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
         for name in group:
             points = [(row["epoch"], row[name]) for row in rows if _is_number(row.get(name))]
             if points and points not in series.values():  # a loss of one term is that term
-                series[name.removeprefix("train_")] = points
+                series[CURVES.get(name) or name.removeprefix("train_")] = points
         if series:
             found.append((title, charts.lines(series, "epoch", label)))
     return found
@@ -343,7 +357,8 @@ def photo_cells(galleries: Mapping[str, Sequence[Explanation]]) -> list[dict[str
         best |= {name: one.lean.top[0] for name, one in zip(names, photos, strict=True)}
         said: dict[str, list[str]] = {}
         for name, prediction in best.items():
-            said.setdefault(prediction.name, []).append(f"{name} {prediction.probability:.0%}")
+            sure = f" {prediction.probability:.0%}" if len(names) <= SURENESS_UP_TO else ""
+            said.setdefault(prediction.name, []).append(name + sure)
         cells.append({"name": first.name, "label": first.label, "said": said})
     return cells
 

@@ -16,6 +16,7 @@ from matplotlib.transforms import Bbox
 from leanvit.errors import ConfigError
 
 from ..files import written_whole
+from .charts import counted
 from .tables import Row, read_csv
 
 # Okabe and Ito's colours, told apart by colour-blind readers; black is the dense model's.
@@ -194,7 +195,7 @@ def point_name(row: Row) -> str:
         f"batch {row['infer_batch_size']}" if row.get("infer_batch_size") else "",
         f"{row['infer_img_size']} px" if row.get("infer_img_size") else "",
         str(row.get("device") or ""),
-        f"{row['threads']} threads" if row.get("threads") and row.get("device") == "cpu" else "",
+        counted(row["threads"], "thread") if row.get("threads") and row.get("device") == "cpu" else "",
     ]
     return ", ".join(part for part in parts if part)
 
