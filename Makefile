@@ -24,7 +24,7 @@ demo: $(STAMP)
 
 # Several processes of one thread each: the models of the tests are too small for more.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -240,13 +240,13 @@ def test_compiled_kernels_are_kept_where_they_can_be(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
-    said = []
+    runs = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "torch.Size([1, 9, 16])"
-        assert list(cache.rglob("*.nbc"))
-        said.append(sparse.NOTICE in done.stderr)
-    assert said == [True, False]
+        runs.append((sparse.NOTICE in done.stderr, {file: file.stat().st_mtime_ns for file in cache.rglob("*.nbc")}))
+    (announced, compiled), (_, kept) = runs
+    assert announced and compiled and kept == compiled  # a busy machine may take long to load it, too
 
 
 def test_kernels_without_a_folder_to_write_to(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec
@@ -27,6 +28,11 @@ def has_bf16(device_type: str = "cpu") -> bool:
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True
+
+
+def has_vnni() -> bool:
+    """Whether the CPU adds up products of 8-bit integers in 32 bits; on x86 not every one does."""
+    return platform.machine().lower() not in ("x86_64", "amd64") or bool(torch.cpu._is_vnni_supported())
 
 
 def warn_of_emulation(device_type: str) -> None:
