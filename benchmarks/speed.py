@@ -35,6 +35,8 @@ METHODS = (
     "pruning:keep=0.7",
     "merging:r=12",
 )
+COARSE = "dgssa:layers=0-5,grid=14+glad:at=6,8,10"
+"""Static matrices as learned at 224 px, on larger images."""
 FEW = ("dense", "dgssa:layers=0-5+glad:at=6,8,10", "castling")
 """Rows where making ready takes half a minute a model, or that show one thing only."""
 POINTS = {224: (1, 32), 512: (1, 4)}
@@ -96,7 +98,8 @@ def at_size(size: int) -> dict[str, nn.Module]:
     vit = timm.create_model(MODEL, img_size=size).eval()
     models: dict[str, nn.Module] = {"dense": vit, "dense, deployed": leanvit.slim(vit)}
     models |= {f"dense, {smaller} px": timm.create_model(MODEL, img_size=smaller).eval() for smaller in SMALLER[size]}
-    known = [text for text in METHODS if text.partition(":")[0] in available()]
+    methods = METHODS if size <= 224 else (*METHODS, COARSE)
+    known = [text for text in methods if text.partition(":")[0] in available()]
     return models | {text: leanvit.slim(vit, *parse(text)) for text in known}
 
 

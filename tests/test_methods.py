@@ -217,6 +217,7 @@ def test_static_matrices_on_a_coarse_grid_cost_less_and_train():
     kept, full = leanvit.DGSSA(layers=(0, 1), grid=(4, 4)), leanvit.DGSSA(layers=(0, 1))
     assert lean.lean.methods == (kept,)
     assert leanvit.count(lean).macs < leanvit.count(leanvit.slim(vit, full)).macs
+    assert torch.allclose(copy.deepcopy(leanvit.deploy(lean))(images), lean(images), atol=1e-5)
     lean.blocks[0].attn.set_progress(0.2)
     lean.train()(images).sum().backward()
     assert lean.blocks[0].attn.logits.grad.abs().sum() > 0

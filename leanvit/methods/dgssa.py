@@ -264,7 +264,8 @@ class DeployedStaticAttention(nn.Module):
         self.static = nn.Parameter((trained.learned if coarse else trained.static).detach())
         self.register_buffer("rows", trained.rows if coarse else None, persistent=False)
         self.register_buffer("columns", trained.columns if coarse else None, persistent=False)
-        self.register_buffer("scale", coarse_scale(self.static, trained.rows, trained.columns) if coarse else None)
+        scale = coarse_scale(self.static.detach(), trained.rows, trained.columns) if coarse else None
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
         offer("static_attention", self.layer, self._map)
