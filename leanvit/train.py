@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,7 +23,10 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment, set_seed
 from timm.data.mixup import Mixup
-from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.optim import (  # type: ignore[attr-defined]
+    create_optimizer_v2,
+    muon,
+)
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -32,7 +36,7 @@ from .data import class_names, loader, open_data, open_held_out, report_damage
 from .errors import ConfigError, DataError, TrainingDiverged
 from .model import LeanModel, digests
 from .objective import Objective, Teacher
-from .ops.processor import warn_of_emulation
+from .ops.processor import has_bf16, warn_of_emulation
 from .progress import TrainingBar
 from .runs import Row, RunFolder, reading
 from .store import save
@@ -430,7 +434,17 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     named = [
         {"params": members, "lr_scale": scale, "weight_decay": decay} for (scale, decay), members in groups.items()
     ]
+    if not has_bf16(next(model.parameters()).device.type):
+        _muon_in_fp32()
     return create_optimizer_v2(model, config.opt, lr=config.lr, param_group_fn=lambda _: named)
+
+
+@cache
+def _muon_in_fp32() -> None:
+    """Let timm's Muon orthogonalise updates in fp32: it does so in bf16, which makes a step several times as long where
+    that is emulated, and has no option for it.
+    """
+    muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Any:
