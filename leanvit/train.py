@@ -150,6 +150,8 @@ class _Training:
             objective = Objective(model, **{name: getattr(config, name) for name in Objective.settings})
         self.updates_per_epoch = math.ceil(len(self._train_loader(0)) / config.grad_accum_steps)
         self.total_updates = config.epochs * self.updates_per_epoch
+        if not has_bf16(self.accelerator.device.type):
+            _muon_in_fp32()
         optimizer = _optimizer(model, config)
         self.schedule = _schedule(optimizer, config, self.updates_per_epoch)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
@@ -434,8 +436,6 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     named = [
         {"params": members, "lr_scale": scale, "weight_decay": decay} for (scale, decay), members in groups.items()
     ]
-    if not has_bf16(next(model.parameters()).device.type):
-        _muon_in_fp32()
     return create_optimizer_v2(model, config.opt, lr=config.lr, param_group_fn=lambda _: named)
 
 

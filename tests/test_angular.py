@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -25,10 +24,14 @@ from leanvit.ops.angular import (
 )  # fmt: skip
 from leanvit.ops.depthwise import convolve, convolve_grid, convolve_reference, convolve_tokens
 
+from .threads import at_once, with_threads
+
 shapes = pytest.mark.parametrize(
     ("batch", "heads", "tokens", "width"),
     [(1, 1, 1, 4), (1, 3, 197, 24), (5, 2, 17, 8), (3, 6, 50, 8), (2, 1, 33, 5), (4, 3, 7, 16), (1, 3, 9, 64)],
 )
+
+
 dtypes = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 
 
@@ -233,13 +236,7 @@ def test_zero_vectors_in_the_operation(dtype, tolerance, which):
 @pytest.mark.parametrize("images", [1, 5])
 def test_any_number_of_threads_gives_the_same(images):
     arguments = a_case(images, 3, 1, (7, 9), 64, (5, 5))
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5, 40):
-            torch.set_num_threads(threads)
-            results.append(angular_attention(*arguments))
-    finally:
-        torch.set_num_threads(before)
+    results = with_threads((1, 2, 5, 40), lambda: angular_attention(*arguments))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -256,18 +253,9 @@ def test_work_is_shared_out_where_heads_do_not_divide_among_threads(monkeypatch)
 @torch.no_grad()
 def test_calls_from_several_threads_do_not_meet():
     arguments = a_case(2, 3, 1, (8, 8), 32, (3, 3))
-    reference, wrong = angular_attention(*arguments), []
-
-    def work():
-        with torch.no_grad():
-            wrong.extend(1 for _ in range(20) if not torch.equal(angular_attention(*arguments), reference))
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    reference = angular_attention(*arguments)
+    results = at_once(lambda: angular_attention(*arguments))
+    assert len(results) == 80 and all(torch.equal(result, reference) for result in results)
 
 
 @torch.no_grad()

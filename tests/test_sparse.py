@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -22,6 +21,8 @@ from leanvit.ops.sparse import (
     sparse_attention,
     sparse_attention_reference,
 )  # fmt: skip
+
+from .threads import at_once, with_threads
 
 shapes = pytest.mark.parametrize(
     ("batch", "heads", "prefix", "patches", "width", "rows"),
@@ -115,13 +116,7 @@ def test_a_head_is_pooled_in_parts(some):
     if some:  # 333 patches make five parts, the last one shorter
         places = torch.stack([torch.randperm(400)[:333] for _ in range(2)])
         q, k, v = (x[:, :, :334] for x in (q, k, v))
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run(q, k, v, predictor, places, 40))
-    finally:
-        torch.set_num_threads(before)
+    results = with_threads((1, 2, 5), lambda: run(q, k, v, predictor, places, 40))
     mask = connections(q, k, predictor, places, 40)
     assert torch.equal(mask, connections_reference(q, k, predictor, places, 40))
     assert (results[0] - masked(q, k, v, mask)).abs().max() < 1e-5
@@ -176,31 +171,16 @@ def test_no_array_of_scores_is_formed():
 @torch.no_grad()
 def test_any_number_of_threads_gives_the_same():
     q, k, v, predictor = a_case(5, 3, 1, 63, 32, 10)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run(q, k, v, predictor, None, 9))
-    finally:
-        torch.set_num_threads(before)
+    results = with_threads((1, 2, 5), lambda: run(q, k, v, predictor, None, 9))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 @torch.no_grad()
 def test_calls_from_several_threads_do_not_meet():
     q, k, v, predictor = a_case(4, 3, 1, 63, 32, 10)
-    expected, wrong = run(q, k, v, predictor, None, 9), []
-
-    def work():
-        with torch.no_grad():
-            wrong.extend(1 for _ in range(20) if not torch.equal(run(q, k, v, predictor, None, 9), expected))
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    expected = run(q, k, v, predictor, None, 9)
+    results = at_once(lambda: run(q, k, v, predictor, None, 9))
+    assert len(results) == 80 and all(torch.equal(result, expected) for result in results)
 
 
 @torch.no_grad()

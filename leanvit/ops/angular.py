@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .depthwise import convolve_reference
 from .kernels import compiled, run
-from .linear import needs_gradient
+from .linear import infers_on_cpu, needs_gradient
 from .processor import never_emulated
 
 SHORTEST = 1e-6
@@ -105,15 +105,7 @@ def angular_attention(
 
 def takes_kernel(q: Tensor, *others: Tensor) -> bool:
     """Whether the CPU's operation can run on these tensors, now: queries, keys and values first."""
-    return (
-        q.is_cpu
-        and q.dtype in (torch.float32, torch.bfloat16)
-        and all(tensor.dtype is q.dtype for tensor in others)
-        and q.shape[-1] % LANES == 0
-        and not needs_gradient(q, *others)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return q.dtype in (torch.float32, torch.bfloat16) and q.shape[-1] % LANES == 0 and infers_on_cpu(q, *others)
 
 
 @never_emulated

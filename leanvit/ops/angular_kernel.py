@@ -13,11 +13,12 @@ their grid with zeros around it, so that the convolution looks up each tap at a 
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import cfunc, types
 
 from .vectors import (
     LANES,
     add_product,
+    inline,
     integer,
     load,
     load_bf16,
@@ -55,32 +56,28 @@ SHORTEST = np.float32(1e-6)
 HALF, INVERSE_PI = np.float32(0.5), np.float32(1 / np.pi)
 
 
-def _inline(function):
-    return njit(fastmath=True, error_model="numpy", forceinline=True)(function)
-
-
-@_inline
+@inline
 def _read(address, offset, bf16):
     return load_bf16(address + 2 * offset) if bf16 else load(address + F32 * offset)
 
 
-@_inline
+@inline
 def _length(squares):
     return max(np.float32(np.sqrt(total(squares))), SHORTEST)
 
 
-@_inline
+@inline
 def _places(a, image):
     return a[PLACES] + I32 * image * a[PLACES_IMAGE]
 
 
-@_inline
+@inline
 def _clear(address, lines):
     for i in range(lines):
         store(address + LINE * i, splat(np.float32(0)))
 
 
-@_inline
+@inline
 def _summarise(a, image, head, first, last, width, summary, values, room):
     """Fill in planes first … last of a head's summary and of its values by place: the first stage."""
     planes = last - first
@@ -111,7 +108,7 @@ def _summarise(a, image, head, first, last, width, summary, values, room):
                 add_product(keys + F32 * i, F32, F32 * width, from_, LINE, count, to, LINE)
 
 
-@_inline
+@inline
 def _mix(a, image, head, start, stop, width, summary, values, room):
     """Queries start … stop of a head, at most a block: the second stage."""
     count, planes, places = stop - start, width // LANES, _places(a, image) + I32 * start
@@ -149,7 +146,7 @@ def _mix(a, image, head, start, stop, width, summary, values, room):
         _convolve(a, count, places, plane_values, filters, plane_mixed, scales, out, width)
 
 
-@_inline
+@inline
 def _convolve(a, count, places, values, filters, mixed, scales, out, width):
     """Scale a plane of some queries, add the convolution, and write it to the output, four at a time."""
     for t in range(0, count, 4):
@@ -172,7 +169,7 @@ def _convolve(a, count, places, values, filters, mixed, scales, out, width):
         _write(a, out + t3 * a[OUT_TOKEN], x3)
 
 
-@_inline
+@inline
 def _write(a, offset, x):
     if a[BF16]:
         store_bf16(a[OUT] + 2 * offset, x)
@@ -180,7 +177,7 @@ def _write(a, offset, x):
         store(a[OUT] + F32 * offset, x)
 
 
-@_inline
+@inline
 def _aligned(address):
     return (address + LINE - 1) // LINE * LINE
 

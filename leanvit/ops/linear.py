@@ -62,12 +62,12 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def infers_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether a linear layer's form for inference on a CPU can run on these tensors, now."""
+def infers_on_cpu(x: Tensor, *others: Tensor) -> bool:
+    """Whether a form for inference on a CPU can run on these tensors, now."""
     return (
         x.is_cpu
-        and x.dtype is weight.dtype
-        and not needs_gradient(x, weight)
+        and all(tensor.dtype is x.dtype for tensor in others)
+        and not needs_gradient(x, *others)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )

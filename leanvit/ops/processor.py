@@ -69,8 +69,8 @@ def never_emulated(operation: Callable[Arguments, Tensor]) -> Callable[Arguments
 
     @functools.wraps(operation)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not any(emulates(tensor) for tensor in tensors):
+        values = () if has_bf16() else (*args, *kwargs.values())
+        if not any(isinstance(value, Tensor) and emulates(value) for value in values):
             return operation(*args, **kwargs)
 
         def widen(value: Any) -> Any:

@@ -15,7 +15,7 @@ are padded with zeros to whole vectors.
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import cfunc, types
 
 from .vectors import (
     LANES,
@@ -26,6 +26,7 @@ from .vectors import (
     at_least,
     exp2,
     first,
+    inline,
     integer,
     larger,
     largest,
@@ -74,17 +75,13 @@ PLACES_OF_BITS = np.array(
 """Which bits of a byte are set, then zeros, ``(256, 8)``."""
 
 
-def _inline(function):
-    return njit(fastmath=True, error_model="numpy", forceinline=True)(function)
-
-
-@_inline
+@inline
 def whole(count):
     """Numbers in whole vectors that hold so many."""
     return (count + LANES - 1) // LANES * LANES
 
 
-@_inline
+@inline
 def _load_row(address, offset, bf16, width, scale, to):
     """Bring a row of q, k or v to scratch."""
     for j in range(0, width, LANES):
@@ -95,7 +92,7 @@ def _load_row(address, offset, bf16, width, scale, to):
         store(to + F32 * j, multiply(x, splat(scale)))
 
 
-@_inline
+@inline
 def _project(x, weight, rows, width, columns, out):
     """out (rows, columns) = x (rows, width) · weight (width, columns), rows and columns multiples of 16."""
     for i in range(0, rows * columns, LANES):
@@ -107,7 +104,7 @@ def _project(x, weight, rows, width, columns, out):
             add_product(row, F32 * width, F32, weight + F32 * j, F32 * columns, width, to, F32 * columns)
 
 
-@_inline
+@inline
 def _counts(x, vectors, b0, b1, b2, b3):
     """How many values are at least as large as each of four borders."""
     w0, w1, w2, w3 = splat(b0), splat(b1), splat(b2), splat(b3)
@@ -129,7 +126,7 @@ def _counts(x, vectors, b0, b1, b2, b3):
     return tallied(t0), tallied(t1), tallied(t2), tallied(t3)
 
 
-@_inline
+@inline
 def _write_down(bits, start, found, chosen):
     """Write down which of sixteen bits are set; how many numbers are there then.
 
@@ -142,7 +139,7 @@ def _write_down(bits, start, found, chosen):
     return found
 
 
-@_inline
+@inline
 def _largest(x, count, low, wanted, guesses, chosen):
     """Write down which values are the largest, in ascending order, ties to the lower index; how many there are.
 
@@ -204,7 +201,7 @@ def _largest(x, count, low, wanted, guesses, chosen):
     return found
 
 
-@_inline
+@inline
 def _add_two(x, y, v, w, a, b):
     """Add x·v and y·w to two sums; to one alone where registers are few."""
     if WIDE:
@@ -212,7 +209,7 @@ def _add_two(x, y, v, w, a, b):
     return multiply_add(y, load(w), multiply_add(x, load(v), a)), b
 
 
-@_inline
+@inline
 def _attend(q, keys, values, chosen, count, weights, out, width):
     """out = softmax(q·kᵀ)·v over the chosen keys; q is scaled to powers of two."""
     for i in range(count, count + 3):
@@ -263,13 +260,13 @@ def _attend(q, keys, values, chosen, count, weights, out, width):
             store(out + j + 3 * F32 * LANES, multiply(share, add(a3, b3)))
 
 
-@_inline
+@inline
 def _place(a, image, patch):
     """The position of a patch token."""
     return integer(a[PLACES] + I32 * (image * (a[TOKENS] - a[PREFIX]) + patch)) if a[PLACES] else patch
 
 
-@_inline
+@inline
 def _pool(a, image, head, part, width, half, room):
     """Pack a part of one head's keys and values, and pool the projected keys: the first stage."""
     tokens, prefix, wide, bf16 = a[TOKENS], a[PREFIX], a[WIDE_ROWS], a[BF16]
@@ -313,7 +310,7 @@ def _pool(a, image, head, part, width, half, room):
             store(a[POOLED] + F32 * (which * size + i), x)
 
 
-@_inline
+@inline
 def _coefficients(a, row, wide, chosen):
     """Turn a query's logits into coefficients, but for a factor, and write down which are the largest.
 
@@ -337,7 +334,7 @@ def _coefficients(a, row, wide, chosen):
     return found, total(mass)
 
 
-@_inline
+@inline
 def _select(a, image, head, row, rows, scores, kept, picked):
     """The best-scored patches for one query, in ascending order; how many there are."""
     patches = a[TOKENS] - a[PREFIX]
@@ -373,7 +370,7 @@ def _select(a, image, head, row, rows, scores, kept, picked):
     return count
 
 
-@_inline
+@inline
 def _attend_block(a, image, head, start, stop, width, half, room):
     """Predict, select and attend for queries start … stop of one head: the second stage."""
     tokens, prefix, wide, bf16 = a[TOKENS], a[PREFIX], a[WIDE_ROWS], a[BF16]
@@ -423,7 +420,7 @@ def _attend_block(a, image, head, start, stop, width, half, room):
                     store(a[OUT] + F32 * (at + j), load(out + F32 * j))
 
 
-@_inline
+@inline
 def _long(a):
     """Room for something of every position or token, and what is written beyond it."""
     return whole(max(a[POSITIONS], a[TOKENS])) + 2 * LANES

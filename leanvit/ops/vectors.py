@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
@@ -31,6 +31,11 @@ vector = _Vector()
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _FLOATS)
+
+
+def inline(function: Any) -> Any:
+    """Make a function one that kernels take in where they call it."""
+    return njit(fastmath=True, error_model="numpy", forceinline=True)(function)
 
 
 def _operation(result: Any, *arguments: Any) -> Any:

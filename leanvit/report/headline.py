@@ -208,9 +208,8 @@ def ignored(galleries: Mapping[str, Sequence[Explanation]]) -> str:
     out /= sum(len(one.blocks) for one in photos)
     parts = []
     if tokens < patches:
-        parts.append(
-            f"its last block works on {brief(tokens)} token{'s' if tokens > 1 else ''} in place of {patches} patches"
-        )
+        several = "s" if tokens > 1 else ""
+        parts.append(f"its last block works on {brief(tokens)} token{several} in place of {patches} patches")
     if out >= 0.005:
         parts.append(f"over all blocks it leaves out {out:.0%} of the patches")
     shown = f"{len(photos)} photos" if len(photos) > 1 else "photo"
