@@ -111,6 +111,8 @@ def _fit_blocks(
     lean: LeanVisionTransformer, vit: VisionTransformer, features: _Features, regression: _Regression, progress: bool
 ) -> list[BlockFit]:
     fits = []
+    for method in lean.lean.methods:
+        method.start(lean, vit, features.lean, regression.generator)
     pairs: Iterator[tuple[Any, Any]] = zip(lean.blocks, vit.blocks, strict=True)
     with _progress_bar(not progress) as bar:
         task = bar.add_task("warm start", total=len(lean.blocks), note="")

@@ -7,6 +7,7 @@ a threshold that sets the budget afterwards are ours.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -138,6 +139,18 @@ class AdaViT(Method):
             if index >= self.first:
                 AdaptiveBlock.adopt(block, Decisions(lean.embed_dim, block.attn.num_heads, index, self))
 
+    def start(
+        self, lean: LeanVisionTransformer, vit: Any, inputs: Sequence[Tokens], generator: torch.Generator
+    ) -> None:
+        from ..importance import fit_decisions
+        from ..model import slim
+
+        fitted = slim(vit, self).requires_grad_(False)
+        fit_decisions(fitted, inputs, generator)
+        for block, source in zip(lean.blocks, fitted.blocks, strict=True):
+            if isinstance(block, AdaptiveBlock):
+                block.decide.load_state_dict(source.decide.state_dict())
+
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         patches, heads, sublayers = (_stacked(found[kind]) for kind in self.loss_kinds[:3])
         if not len(sublayers):
@@ -168,6 +181,7 @@ class Decisions(LeanModule):
 
     threshold: Tensor
     progress: Tensor
+    begin: Tensor
 
     def __init__(self, dim: int, heads: int, layer: int, config: AdaViT) -> None:
         super().__init__()
@@ -177,6 +191,7 @@ class Decisions(LeanModule):
         self.patch = DecisionLayer(dim, 1) if patches else None
         self.image = DecisionLayer(dim, sum(self.split)) if sum(self.split) else None
         self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("begin", torch.ones(3))
         self.register_buffer("progress", torch.zeros(()), persistent=False)
 
     def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -189,8 +204,24 @@ class Decisions(LeanModule):
         patches = None if self.patch is None else self.patch(x[:, prefix:]).squeeze(-1)
         if self.image is None:
             return patches, None, None
-        heads, sublayers = self.image(x[:, 0] if prefix else x.mean(dim=1)).split(self.split, dim=-1)
+        heads, sublayers = self.image(self.image_token(x, prefix)).split(self.split, dim=-1)
         return patches, heads if self.split[0] else None, sublayers if self.split[1] else None
+
+    def image_token(self, x: Tensor, prefix: int) -> Tensor:
+        """What stands for an image: the class token or, without one, the mean of the patches; ``(B, C)``."""
+        return x[:, 0] if prefix else x.mean(dim=1)
+
+    def parts(self) -> list[tuple[DecisionLayer, slice] | None]:
+        """Layer and rows that decide about patches, heads and sub-layers; None where all are on."""
+        patches = None if self.patch is None else (self.patch, slice(None))
+        if self.image is None:
+            return [patches, None, None]
+        heads, sublayers = slice(0, self.split[0]), slice(self.split[0], None)
+        return [
+            patches,
+            (self.image, heads) if self.split[0] else None,
+            (self.image, sublayers) if self.split[1] else None,
+        ]
 
     def policy(self, x: Tensor, prefix: int) -> Policy:
         """What takes part, as the deployed form asks: prefix tokens always do, attention without a head is off."""
@@ -235,7 +266,7 @@ class Decisions(LeanModule):
     def target(self) -> Tensor:
         """The shares that training aims at now, ``(3,)``: from 1 to the budget."""
         done = (self.progress / self.config.ramp).clamp(max=1) if self.config.ramp else torch.ones_like(self.progress)
-        return torch.lerp(torch.ones_like(done), done.new_tensor(self.config.targets), done)
+        return torch.lerp(self.begin, done.new_tensor(self.config.targets), done)
 
     def macs(self, patches: int) -> int:
         """MACs of deciding, for an image of so many patches."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..analysis import LayerStatistics
     from ..data import ImageSource
-    from ..model import Grid, LeanBlock, LeanVisionTransformer
+    from ..model import Grid, LeanBlock, LeanVisionTransformer, Tokens
 
 
 class LeanModule(nn.Module):
@@ -148,6 +148,18 @@ class Method:
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         """Replace modules of a model in place. The parameters are resolved."""
         raise NotImplementedError
+
+    def start(
+        self, lean: LeanVisionTransformer, vit: Any, inputs: Sequence[Tokens], generator: torch.Generator
+    ) -> None:
+        """Start of the warm start: what takes more than one block to know.
+
+        Args:
+            lean: The model that is warm-started, changed in place.
+            vit: The dense model.
+            inputs: Embedded images, batch by batch.
+            generator: Of whatever is random.
+        """
 
     def resized(self, old: Grid) -> Self:
         """The method once the model's patch grid is another than the old one."""
