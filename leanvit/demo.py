@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import cast
 import timm
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 from timm.models.vision_transformer import VisionTransformer
 
@@ -55,14 +58,12 @@ def run(output: Path, json: Path | None = None) -> None:
     console = Console(stderr=True, highlight=False)
     recipes = default_recipes()
 
+    console.rule(f"a dense ViT learns {DATA}", align="left")
+    dense = small_vit()
     with one_thread():
-        console.rule(f"a dense ViT learns {DATA}", align="left")
-        dense = small_vit()
         train(dense, open_data(DATA, dense, training=True), config=DENSE_TRAINING)
-        lean = {}
-        for name, recipe in recipes.items():
-            console.rule(f"{name}: slim, warm start, distil", align="left")
-            lean[name] = lean_vit(dense, recipe)
+    console.rule(f"{len(recipes)} lean models: slim, warm start, distil", align="left")
+    lean = lean_vits(dense, recipes, console)
     console.rule("deploying and measuring", align="left")
     comparison = on_digits(dense, lean)
     digits = [{**row, "data": DATA, "trained": True} for row in comparison.rows]
@@ -132,17 +133,39 @@ def small_vit() -> VisionTransformer:
     return cast(VisionTransformer, model)
 
 
+def lean_vits(
+    dense: VisionTransformer, recipes: Mapping[str, tuple[Method, ...]], console: Console
+) -> dict[str, VisionTransformer]:
+    """A lean model of each recipe, as many at a time as there are threads (and at most four, for memory)."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    processes = min(torch.get_num_threads(), 4)
+    with (
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool,
+        Progress(*columns, console=console) as bar,
+    ):
+        task = bar.add_task(f"{processes} at a time", total=len(recipes))
+        learning = {pool.submit(lean_vit, dense, recipe): name for name, recipe in recipes.items()}
+        lean = {}
+        for done in as_completed(learning):
+            name = learning[done]
+            lean[name] = done.result()
+            console.print(f"{name} has learned")
+            bar.advance(task)
+    return {name: lean[name] for name in recipes}
+
+
 def lean_vit(dense: VisionTransformer, recipe: tuple[Method, ...]) -> VisionTransformer:
     """A model slimmed by a recipe, warm-started and distilled on the digits.
 
     The held-out digits take no part, not even in choosing the best epoch: they are for the table.
     """
     images = open_data(DATA, dense, split="train")
-    lean = slim(dense, *recipe, images=images)
-    warm_start(lean, dense, images)
     decides = any(method.has_budget for method in recipe)
     config = DECIDING_TRAINING if decides else LEAN_TRAINING
-    distill(lean, dense, open_data(DATA, dense, training=True), config=config)
+    with one_thread():
+        lean = slim(dense, *recipe, images=images)
+        warm_start(lean, dense, images, progress=False)
+        distill(lean, dense, open_data(DATA, dense, training=True), config=config, progress=False)
     return lean
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ def test_demo_writes_and_prints_its_results(
     monkeypatch.setattr(demo, "DENSE_TRAINING", replace(demo.DENSE_TRAINING, **quick))
     monkeypatch.setattr(demo, "LEAN_TRAINING", replace(demo.LEAN_TRAINING, **quick))
     monkeypatch.setattr(demo, "warm_start", partial(warm_start, steps=0, limit=64))
+    # In this process, which knows of the changes above.
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda processes, context: ThreadPoolExecutor(1))
     monkeypatch.setattr(demo, "compare", partial(compare, iterations=1))
     once = {"batch_sizes": (1,), "iterations": 1, "warmup": 0}
     monkeypatch.setattr(demo, "bench", lambda models, **options: bench(models, **(options | once)))
