@@ -31,8 +31,8 @@ QUICK = {"lr": 5e-4, "inherited_lr_scale": 0.4}
 """For methods that move the pretrained weights further."""
 SPARSE = {"lr": 3e-4, "inherited_lr_scale": 0.1}
 """The predictor learns first, then what was inherited, gently."""
-DECISIONS = {"lr": 1e-2, "inherited_lr_scale": 0.02, "token_weight": 0.0}
-"""Decisions learn fast; the teacher's tokens are no aim, since a patch that is left out cannot follow them."""
+DECISIONS = GENTLE | {"token_weight": 0.0}
+"""The teacher's tokens are no aim: a patch that is left out cannot follow them."""
 AMP = "bf16" if has_bf16() else ""
 TEACHER_EPOCHS = 3
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -45,11 +45,10 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "no warm start": {"method": LEAN, "epochs": 4, "warm": False},
     "no guidance": {"method": LEAN.replace("auto:3", "auto:3,guidance=0"), "epochs": 4},
     "adavit": {
-        "method": "adavit:patches=0.5,heads=0.9,blocks=0.85",
+        "method": "adavit:patches=0.45,heads=1,blocks=1",
         "epochs": 6,
         "options": DECISIONS,
-        "warm": False,  # it starts as the dense model
-        "budgets": (0.7, 0.6, 0.5),
+        "budgets": (0.7, 0.6, 0.5, 0.4),
     },
     "sparse half": {"method": "sparsifiner:keep=0.5", "epochs": 1, "options": SPARSE},
     "sparse quarter": {"method": "sparsifiner:keep=0.25", "epochs": 3, "options": SPARSE},
