@@ -42,7 +42,7 @@ def bench(
     models: Mapping[str, nn.Module] | Sequence[nn.Module],
     *,
     img_size: int | tuple[int, int] | None = None,
-    images: ImageSource | None = None,
+    images: ImageSource | Mapping[str, ImageSource] | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     precisions: Sequence[str] | None = None,
     engines: Sequence[str] = ("torch",),
@@ -64,7 +64,8 @@ def bench(
             are deployed first.
         img_size: Height and width in pixels; each model's own when not given.
         images: Real images to run on, as a path, data set, loader or tensor ``(n, channels, H, W)``; random
-            ones when not given, which is good enough only for models whose cost does not depend on the image.
+            ones when not given, which is good enough only for models whose cost does not depend on the image. Or one
+            of these for each model, by its name.
         batch_sizes: Images a batch.
         precisions: "fp32", "bf16", "fp16" or "int8", as the engines have them (`leanvit.engines`); in torch, weights
             and images are cast, nothing is done by autocast. When not given, fp32, and bf16 where the device computes
@@ -95,7 +96,8 @@ def bench(
     _warn_of_random_images(models, images)
     if "bf16" in precisions:
         warn_of_emulation(device.type)
-    costs = {name: _cost(model, img_size, images) for name, model in models.items()}
+    own_images = images if isinstance(images, Mapping) else dict.fromkeys(models, images)
+    costs = {name: _cost(model, img_size, own_images[name]) for name, model in models.items()}
     rows: list[Row] = []
     with (
         _threads(threads),
@@ -109,7 +111,7 @@ def bench(
             for batch_size in batch_sizes:
                 bar.update(task, description=f"timing {engine}, {precision}, batch {batch_size}")
                 runners = {
-                    name: _Runner(run, _batches(models[name], img_size, images, batch_size), device)
+                    name: _Runner(run, _batches(models[name], img_size, own_images[name], batch_size), device)
                     for name, run in ready.items()
                 }
                 seconds = take_turns(list(runners.values()), iterations=iterations, warmup=warmup)
@@ -285,7 +287,7 @@ def _check(
         raise ConfigError("no precision to time in; fp32 and bf16 are usual")
 
 
-def _warn_of_random_images(models: Mapping[str, nn.Module], images: ImageSource | None) -> None:
+def _warn_of_random_images(models: Mapping[str, nn.Module], images: object) -> None:
     for name, model in models.items():
         if images is None and isinstance(model, LeanModel) and model.lean.data_dependent:
             warnings.warn(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TOLERANCE = 0.02
 """A budget is met where the mean cost is off by at most this share of it."""
 PASSES = 24
+FARTHEST = 1e4
+"""No threshold lies beyond, on either side: an infinite one could not be trained on, nor averaged."""
 
 
 def set_budget(
@@ -103,22 +105,22 @@ def _search(cost: _MeanCost, wanted: float) -> float:
     Raises:
         ConfigError: None comes close enough.
     """
-    least, most = cost(math.inf), cost(-math.inf)
+    least, most = cost(FARTHEST), cost(-FARTHEST)
     if not least * (1 - TOLERANCE) <= wanted <= most * (1 + TOLERANCE):
         raise ConfigError(
             f"no threshold gives a budget of {wanted:g}: they reach {least:.3f} to {most:.3f} of the dense model's MACs"
         )
     low, high = -1.0, 1.0  # dearer and cheaper than wanted, once widened
-    while cost(low) < wanted and low > -1e4:
+    while cost(low) < wanted and low > -FARTHEST:
         low *= 2
-    while cost(high) > wanted and high < 1e4:
+    while cost(high) > wanted and high < FARTHEST:
         high *= 2
     for _ in range(PASSES):
         middle = (low + high) / 2
         if abs(cost(middle) - wanted) < wanted * TOLERANCE / 10:
             break
         low, high = (middle, high) if cost(middle) > wanted else (low, middle)
-    best = min(cost.known, key=lambda threshold: abs(cost(threshold) - wanted))
+    best = min(cost.known, key=lambda threshold: (abs(cost(threshold) - wanted), abs(threshold)))
     if abs(cost(best) - wanted) > wanted * TOLERANCE:
         near = sorted(cost.known.values(), key=lambda share: abs(share - wanted))[:2]
         raise ConfigError(

@@ -286,17 +286,21 @@ def image_batches(source: ImageSource, model: nn.Module, batch_size: int, limit:
 
     Raises:
         DataError: Nothing is there, or no images.
+        InputSizeError: The model does not take images of their size.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} is not positive")
+    from .count import input_size  # which takes the models' settings from here
+
+    by_path = isinstance(source, str | os.PathLike)
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
-        dataset = _prepare(_open_reader(path, None, True), path, model)
-        yield from _image_batches(dataset, batch_size, limit)
-        if damage := report_damage(dataset):
-            warnings.warn(damage, LeanVitWarning, stacklevel=2)
-    else:
-        yield from _image_batches(source, batch_size, limit)
+        source = _prepare(_open_reader(path, None, True), path, model)
+    for images in _image_batches(source, batch_size, limit):
+        input_size(model, (images.shape[-2], images.shape[-1]))
+        yield images
+    if by_path and isinstance(source, Dataset) and (damage := report_damage(source)):
+        warnings.warn(damage, LeanVitWarning, stacklevel=2)
 
 
 def report_damage(dataset: Dataset[Any]) -> str:

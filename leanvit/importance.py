@@ -122,6 +122,7 @@ class _Fit:
         covariance = self.squares[:-1, :-1] / self.count - mean.outer(mean)
         together = self.products[:-1] / self.count - mean.unsqueeze(1) * self.products[-1] / self.count
         ridge = len(mean) / self.count * covariance.diagonal().mean()
+        ridge = ridge.clamp_min(1e-6)  # in front of block 0 the class token is the same in every image
         weight = torch.linalg.solve(covariance + ridge * torch.eye(len(mean)), together)
         variance = (weight * (covariance @ weight)).sum(dim=0)
         return weight, self.products[-1] / self.count, variance.clamp_min(0).sqrt()

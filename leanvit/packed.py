@@ -218,7 +218,9 @@ class PackedAttention(nn.Module):
         if not self.all_heads:
             assert mixed is not None
             return self._project(mixed, residual, used)
-        every = x.new_zeros(x.shape[0], self.num_heads, self.head_dim) if values is None else values
+        if values is None:
+            values = (x if mixed is None else mixed).new_zeros(x.shape[0], self.num_heads, self.head_dim)
+        every = values
         if mixed is not None:
             every[:, list(heads)] = mixed
         return project(self, x, every.flatten(1), residual)

@@ -14,8 +14,7 @@ from .bench import bench
 from .count import deployed_form
 from .data import open_data
 from .engines import ENGINES, PRECISIONS, check_engines
-from .measure import evaluate
-from .model import LeanModel
+from .measure import decides_per_image, evaluate
 from .report.plots import pareto as draw
 from .report.tables import Row, Table
 
@@ -69,10 +68,11 @@ def measure(
             top1[name, precision] = evaluate(ready, images, workers=workers, progress=progress).row()
     for engine in engines:
         taken = {name: model for name, model in models.items() if ENGINES[engine].takes(model)}
-        needs_images = any(isinstance(model, LeanModel) and model.lean.data_dependent for model in taken.values())
+        # What decides by the image is timed on real ones, and the others with it.
+        opened = {name: open_data(data, model, split=split, class_map=class_map) for name, model in taken.items()}
         rows += bench(
             taken,
-            images=data if needs_images else None,
+            images=opened if any(map(decides_per_image, taken.values())) else None,
             engines=(engine,),
             precisions=precisions,
             batch_sizes=batch_sizes,
@@ -106,10 +106,10 @@ class InEngine(nn.Module):
 
     def __init__(self, model: Any, engine: str, precision: str, threads: int, device: torch.device) -> None:
         super().__init__()
-        self.run = ENGINES[engine](model, precision, threads, device)
+        self.run, self.device = ENGINES[engine](model, precision, threads, device), device
         self.num_classes, self.pretrained_cfg = model.num_classes, copy.copy(model.pretrained_cfg)
         self.patch_embed = model.patch_embed
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.run(images.to(self.run.dtype))
+        logits: Tensor = self.run(images.to(self.device, self.run.dtype))
         return logits

@@ -350,8 +350,16 @@ def model_arguments(model: VisionTransformer) -> dict[str, Any]:
 
 
 def dense_twin(lean: VisionTransformer) -> VisionTransformer:
-    """A dense model of a lean one's architecture and size, with random weights."""
-    architecture: str = lean.pretrained_cfg["architecture"]  # type: ignore[index, assignment]
+    """A dense model of a lean one's architecture and size, with random weights.
+
+    Raises:
+        UnsupportedModelError: timm did not make the model, so what it is called is not known.
+    """
+    architecture = (getattr(lean, "pretrained_cfg", None) or {}).get("architecture")
+    if not architecture:
+        raise UnsupportedModelError(
+            f"{type(lean).__name__} does not say which architecture it is; make the model with timm.create_model()"
+        )
     return timm.create_model(architecture, **model_arguments(lean)).eval()  # type: ignore[return-value]
 
 

@@ -32,8 +32,10 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .count import input_size
 from .data import class_names, loader, open_data, open_held_out, report_damage
-from .errors import ConfigError, DataError, TrainingDiverged
+from .errors import ConfigError, DataError, TrainingDiverged, UnsupportedModelError
+from .methods.base import LeanModule
 from .model import LeanModel, digests
 from .objective import Objective, Teacher
 from .ops.processor import has_bf16, warn_of_emulation
@@ -94,6 +96,8 @@ def distill(
     Raises:
         ConfigError: A setting, or a combination of model, teacher, data and settings, that cannot work.
         DataError: The data is missing, damaged or of other classes.
+        InputSizeError: The images have another size than the model takes.
+        UnsupportedModelError: The model has no classifier.
         TrainingDiverged: A loss is not finite; the last checkpoint is kept.
         CheckpointError: A checkpoint cannot be written or read.
     """
@@ -133,6 +137,8 @@ class _Training:
     ) -> None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("the model has no weights to train; of a deployed model, train the lean one it came from")
+        if model.num_classes == 0:
+            raise UnsupportedModelError("the model has no classifier (num_classes=0); reset_classifier() gives it one")
         self.model, self.config = model, config
         self.train_data, self.val_data = _open_both(data, val_data, model, config)
         self.accelerator = _accelerator(config, output, lean=isinstance(model, LeanModel))
@@ -169,8 +175,13 @@ class _Training:
 
     @property
     def best(self) -> Row:
-        """The row with the highest top-1, the later of equals; the last where nothing was held out."""
-        return max(self.history, key=lambda row: (row.get("val_top1", 0.0), row["epoch"]))
+        """The row with the highest top-1, the later of equals; the last where nothing was held out.
+
+        Epochs in which the model was not yet asked to save what it shall save do not count, once there are others.
+        """
+        modules = [module for module in self.model.modules() if isinstance(module, LeanModule)]
+        rows = [row for row in self.history if all(own.settled(row["epoch"] / self.config.epochs) for own in modules)]
+        return max(rows or self.history[-1:], key=lambda row: (row.get("val_top1", 0.0), row["epoch"]))
 
     def run(self) -> TrainResult:
         """Train what is left to train, and leave the model with its best weights."""
@@ -231,6 +242,7 @@ class _Training:
             The loss and its terms, mean over all processes.
         """
         _set_progress(self.model, min(self.updates / self.total_updates, 1.0))
+        self._check(images, targets)
         if self.mix is not None and len(images) > 1:
             even = len(images) // 2 * 2  # a damaged image can leave an odd number
             images, targets = self.mix(images[:even], targets[:even])
@@ -249,6 +261,14 @@ class _Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return measured
+
+    def _check(self, images: Tensor, targets: Tensor) -> None:
+        input_size(self.model, (images.shape[-2], images.shape[-1]))
+        lowest, highest = targets.aminmax()
+        if lowest < 0 or highest >= self.model.num_classes:  # type: ignore[operator]
+            raise DataError(
+                f"labels go from {int(lowest)} to {int(highest)}, the model has {self.model.num_classes} classes"
+            )
 
     def _after_update(self) -> None:
         """Move on what follows the weights: the learning rate and the moving average."""

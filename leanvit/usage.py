@@ -45,6 +45,7 @@ class Usage:
         labels: ``(n,)``.
         right: Whether the label scored highest, ``(n,)``.
         index: The place of each image in the data set.
+        grid: Rows and columns of the model's patches; M is less where tokens were merged or removed before.
     """
 
     layers: list[int]
@@ -56,6 +57,7 @@ class Usage:
     labels: Tensor
     right: Tensor
     index: list[int]
+    grid: tuple[int, int]
 
     @property
     def top1(self) -> float:
@@ -141,7 +143,8 @@ def measure_usage(model: nn.Module, data: ImageData, *, batch_size: int = 50, pr
     damaged = set(data.damaged)
     index = [place for place in range(len(data)) if data.reader.filename(place) not in damaged]
     patches, heads, sublayers, macs, losses, labels, right = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Usage(layers, patches, heads, sublayers, macs, losses, labels, right, index)
+    grid: tuple[int, int] = model.patch_embed.grid_size  # type: ignore[union-attr, assignment]
+    return Usage(layers, patches, heads, sublayers, macs, losses, labels, right, index, grid)
 
 
 def at_random(model: nn.Module, rates: Mapping[int, Rates], seed: int = 0) -> nn.Module:

@@ -189,8 +189,11 @@ def _embed(
 
     embed = with_blocks(vit, capture)
     embed._modules["norm"] = nn.Identity()
+    embed.grad_checkpointing = False  # timm would look for blocks to checkpoint
     for batch in image_batches(images, vit, batch_size, limit):
         embed.forward_features(batch.to(vit.patch_embed.proj.weight))
+    if sum(len(tokens.x) for tokens in batches) < 2:
+        raise ConfigError("the warm start needs at least 2 images, better a few hundred")
     return _Features(batches)
 
 
@@ -227,8 +230,10 @@ class _Regression:
         self._descend(module, inputs, lambda x: cast(Tensor, module.start_loss(dense, x)), self.lr)
 
     def _descend(self, module: nn.Module, batches: Sequence[Batch], loss: Callable[[Batch], Tensor], lr: float) -> None:
-        """Train what a loss of the batches depends on in a module."""
+        """Train what a loss of the batches depends on in a module; what is frozen stays as it is."""
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not parameters:
+            return
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: _rise_and_fall((step + 1) / (self.steps + 1))
@@ -238,7 +243,10 @@ class _Regression:
             order = order or torch.randperm(len(batches), generator=self.generator).tolist()
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                loss(batches[order.pop()]).backward()
+                value = loss(batches[order.pop()])
+            if not value.requires_grad:
+                break  # nothing that can be trained has a part in it
+            value.backward()
             optimizer.step()
             schedule.step()
         optimizer.zero_grad(set_to_none=True)

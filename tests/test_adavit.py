@@ -198,6 +198,21 @@ def test_a_budget_that_no_threshold_reaches():
         leanvit.set_budget(lean, 0.6, photos(vit, 16))
 
 
+def test_a_budget_that_needs_everything_has_a_threshold_that_can_be_trained_on():
+    lean = spread(leanvit.slim(small_vit(), leanvit.AdaViT()))
+    share = leanvit.set_budget(lean, 1.0, photos(lean, 8))
+    assert share == pytest.approx(1, rel=0.02) and abs(float(lean.blocks[1].decide.threshold)) < 100
+
+
+@torch.no_grad()
+def test_deployed_under_autocast_with_a_norm_behind_the_attention():
+    vit = small_vit(**MODELS["scaled norms, gate"])
+    fast = leanvit.deploy(spread(leanvit.slim(vit, leanvit.AdaViT())))
+    images = photos(vit, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast(images).isfinite().all()
+
+
 @pytest.mark.parametrize("macs", [0, -0.5, math.nan, "half", True])
 def test_a_budget_that_is_no_share(macs):
     with pytest.raises(leanvit.ConfigError, match=r"macs=.* is not a share"):

@@ -142,3 +142,10 @@ def test_what_is_not_decided_is_left_alone():
     assert lean.blocks[2].decide.patch is None and lean.blocks[2].decide.image.weight.shape == (2, 48)
     patches, heads, sublayers = usage(lean, photos(vit, 96))
     assert (patches, heads) == (1, 1) and sublayers == pytest.approx(0.65, abs=0.15)
+
+
+def test_decisions_of_what_is_alike_in_every_image():
+    """In front of block 0 the class token always is."""
+    vit = small_vit()
+    lean = warm(vit, "adavit:patches=0.5,heads=0.5,blocks=0.6,first=0", 16)
+    assert all(bool(weight.isfinite().all()) for weight in lean.state_dict().values())

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import leanvit
 from leanvit.cli import app
 from leanvit.errors import ConfigError
-from leanvit.pareto import measure
+from leanvit.pareto import InEngine, measure
 from leanvit.report.plots import frontier
 from leanvit.report.tables import read_csv
 from leanvit.runs import unfinished
@@ -126,3 +126,31 @@ def test_of_macs_less_is_better():
 def test_an_engine_that_is_not_known():
     with pytest.raises(ConfigError, match="engine is 'tvm'"):
         measure({"dense": torch.nn.Identity()}, "digits", engines=("tvm",))
+
+
+def test_images_go_where_the_model_is():
+    seen = []
+
+    class Engine:
+        dtype = torch.float32
+
+        def __call__(self, images):
+            seen.append(images.device.type)
+            return images
+
+    ready = InEngine(small_vit(), "torch", "fp32", 1, torch.device("cpu"))
+    ready.run, ready.device = Engine(), torch.device("meta")
+    ready(torch.zeros(1, 3, 32, 32))
+    assert seen == ["meta"]
+
+
+def test_a_split_by_path_serves_what_decides_by_the_image_too(tmp_path):
+    folder = tmp_path / "photos" / "b" / "one"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        Image.new("L", (16, 16), 60 * number).save(folder / f"{number}.png")
+    lean = leanvit.slim(small_vit(**DIGITS), leanvit.AdaViT())
+    options = {"batch_sizes": (2,), "threads": 1, "iterations": 1, "progress": False}
+    options |= {"split": "b", "class_map": {"one": 0}}
+    rows = measure({"dense": small_vit(**DIGITS), "adaptive": lean}, str(tmp_path / "photos"), **options).rows
+    assert {row["model"] for row in rows} == {"dense", "adaptive"}

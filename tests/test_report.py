@@ -515,6 +515,13 @@ class TestRuns:
         with pytest.raises(CheckpointError, match="holds no model"):
             gather.page_of_runs([tmp_path / "empty"], **QUICK)
 
+    def test_models_that_prepare_images_otherwise(self, runs, dense, lean, photos, tmp_path) -> None:
+        other = leanvit.slim(dense, *lean.lean.methods)
+        other.pretrained_cfg = {**other.pretrained_cfg, "mean": (0.1, 0.1, 0.1)}
+        save(other, tmp_path / "other", class_names=CLASSES)
+        with pytest.raises(ConfigError, match="other prepares images otherwise than the dense model"):
+            gather.page_of_runs([runs[0], tmp_path / "other"], data_dir=str(photos), **QUICK)
+
     def test_images_of_other_classes(self, runs, photos) -> None:
         with pytest.raises(DataError, match="no such file or folder"):
             gather.page_of_runs(list(runs), data_dir="no-such-folder", **QUICK)

@@ -21,11 +21,18 @@ from torch.utils.data import DataLoader, Dataset
 
 import leanvit
 from leanvit.data import data_config
-from leanvit.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from leanvit.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputSizeError,
+    TrainingDiverged,
+    UnsupportedModelError,
+)
 from leanvit.objective import Objective, Teacher, distillation_loss
 from leanvit.runs import RunFolder
 from leanvit.store import load
-from leanvit.train import TrainConfig, TrainResult, distill, train
+from leanvit.train import TrainConfig, TrainResult, _Training, distill, train
 
 METHODS = (leanvit.DGSSA(layers=(0, 1)), leanvit.GLAD(at=(2,)))
 MEASURED = ("images_per_second",)
@@ -434,3 +441,24 @@ def test_deployed_model_is_refused(tiny_vit):
     deployed = leanvit.deploy(leanvit.slim(tiny_vit, leanvit.GLAD(at=(2,))))
     with pytest.raises(ConfigError, match="no weights to train"):
         fit(deployed)
+
+
+def test_epochs_before_the_targets_are_reached_are_not_kept():
+    """While next to nothing is skipped yet, the accuracy is that of another model."""
+    lean = leanvit.slim(tiny_model(), leanvit.AdaViT(ramp=0.5))
+    training = _Training(lean, None, Images(), None, TrainConfig(epochs=4), None, False, False)
+    for top1, best in ((90.0, 1), (80.0, 2), (70.0, 2), (75.0, 2)):
+        training.history.append({"epoch": len(training.history) + 1, "val_top1": top1})
+        assert training.best["epoch"] == best
+    for block in lean.blocks[1:]:  # after a warm start they aim at the targets from the first epoch on
+        block.decide.begin.copy_(torch.tensor(block.decide.config.targets))
+    assert training.best["epoch"] == 1
+
+
+def test_labels_and_images_that_do_not_fit_the_model():
+    with pytest.raises(DataError, match="labels go from 2 to 9, the model has 5 classes"):
+        fit(tiny_model(num_classes=5))
+    with pytest.raises(UnsupportedModelError, match="has no classifier"):
+        fit(tiny_model(num_classes=0))
+    with pytest.raises(InputSizeError, match="image size 32x32 does not fit a model made for 48x48"):
+        fit(tiny_model(img_size=48))

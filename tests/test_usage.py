@@ -165,8 +165,39 @@ def test_slim_with_budgets(dense, photos, tmp_path):
     rows = read_csv(tmp_path / "run" / "results.csv")
     assert {row["budget"] for row in rows if row["model"] != "dense"} == {0.6, 0.8}
     assert (tmp_path / "run" / "budgets.png").exists()
-    for budget in (0.6, 0.8):
-        assert leanvit.load(tmp_path / "run" / f"budget-{budget}" / "deployed").lean.deployed
+    dense_gmacs = leanvit.count(dense).macs / 1e9
+    for row in rows:
+        if row["model"] == "dense":
+            continue
+        assert row["gmacs_mean"] == pytest.approx(row["budget"] * dense_gmacs, rel=0.15)  # of other images
+        folder = tmp_path / "run" / f"budget-{row['budget']:g}"
+        trained, fast = leanvit.load(folder / "best"), leanvit.load(folder / "deployed")
+        assert fast.lean.deployed and not trained.lean.deployed
+        thresholds = [float(block.decide.threshold) for block in (*trained.blocks[1:], *fast.blocks[1:])]
+        assert thresholds[0] != 0 and len(set(thresholds)) == 1
+    again = run("slim", tmp_path / "dense", "--method", "glad:at=2", *options)
+    assert again.exit_code == 2 and "is not empty" in again.output
+
+
+@torch.no_grad()
+def test_targets_of_a_budget_beside_another_method(dense):
+    pruning = leanvit.TokenPruning(at=0, keep=0.5)
+    beside = leanvit.slim(dense, pruning)
+    method = leanvit.AdaViT().for_budget(dense, 0.4, beside)
+    fast = leanvit.deploy(leanvit.slim(dense, pruning, method))
+    constant = constant_macs(fast)
+    with leanvit.record("macs") as found:
+        at_random(fast, dict.fromkeys(range(4), method.targets))(torch.randn(400, 3, 32, 32))
+    cost = float(image_macs(found, constant).mean()) / leanvit.count(dense).macs
+    assert cost == pytest.approx(0.4, rel=0.06)
+
+
+def test_usage_where_tokens_were_removed_before(dense, photos, tmp_path):
+    lean = leanvit.slim(dense, leanvit.TokenPruning(at=0, keep=0.7), leanvit.AdaViT())
+    leanvit.save(lean, tmp_path / "model")
+    result = run("usage", tmp_path / "model", "--data-dir", photos, "--val-split", "val", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "images.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import leanvit
+from leanvit.methods import parse
 from leanvit.record import offer
 
 from .contract import photos, small_vit
@@ -129,3 +130,34 @@ def test_a_recorder_collects_what_it_was_asked_for():
     with leanvit.record() as everything:
         offer("b", 1, lambda: torch.zeros(()))
     assert len(everything["b"]) == 1
+
+
+def test_one_image_is_too_few():
+    lean, vit = lean_and_vit()
+    with pytest.raises(leanvit.ConfigError, match="at least 2 images"):
+        leanvit.warm_start(lean, vit, photos(vit, 1), progress=False)
+
+
+def test_images_of_another_size():
+    lean, vit = lean_and_vit()
+    with pytest.raises(leanvit.InputSizeError, match="image size 48x48 does not fit"):
+        leanvit.warm_start(lean, vit, torch.randn(4, 3, 48, 48), progress=False)
+
+
+@pytest.mark.parametrize("method", ["glad:at=2", "dgssa:layers=1", "merging:r=1", "adavit"])
+def test_what_was_frozen_stays_as_it_is(method):
+    vit = small_vit().requires_grad_(False)
+    lean = leanvit.slim(vit, *parse(method))
+    leanvit.warm_start(lean, vit, photos(vit, 16), steps=2, batch_size=4, progress=False)
+    inherited = {name: value for name, value in lean.named_parameters() if name in dict(vit.named_parameters())}
+    assert inherited and all(torch.equal(value, vit.get_parameter(name)) for name, value in inherited.items())
+
+
+def test_a_model_that_recomputes_its_activations():
+    plain, vit = lean_and_vit()
+    lean, _ = lean_and_vit()
+    images = photos(vit, 16)
+    leanvit.warm_start(plain, vit, images, steps=2, batch_size=4, progress=False)
+    vit.set_grad_checkpointing(True)
+    leanvit.warm_start(lean, vit, images, steps=2, batch_size=4, progress=False)
+    assert torch.equal(lean(images), plain(images))

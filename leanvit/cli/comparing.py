@@ -61,7 +61,7 @@ def pareto(
     for size in peer_img_size or ():
         models[f"dense, {size} px"] = replace(choice, img_size=size).load()
     for text in method or ():
-        models[text] = slim(dense, *parse(text), images=data.data_dir)
+        models[text] = slim(dense, *parse(text), images=data.open(dense) if data.val_split else data.data_dir)
     models |= {Path(run).name: resolve_model(run) for run in complete}
     if len(models) < 2:
         raise ConfigError("nothing to compare with: no complete run, no --method and no --peer-img-size")

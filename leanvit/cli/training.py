@@ -63,8 +63,9 @@ def slim_model(
 
     Warm-starts from unlabelled images, and distils from MODEL if --epochs. The run's folder holds the lean
     model (best/ and last/), its deployed form (deployed/), the figures (results.csv, results.json) and the
-    course of the training (curves.png). With --budget there is such a folder for each, with thresholds set so
-    that its mean cost is met, and beside them the figures of all and the curve through them (budgets.png).
+    course of the training (curves.png). With --budget there is such a folder for each, with thresholds set in
+    best/ and deployed/ so that its mean cost is met, and beside them the figures of all and the curve through
+    them (budgets.png).
     """
     from ..budget import set_budget
     from ..count import forms
@@ -82,17 +83,18 @@ def slim_model(
     device = best_device(training.device)
     folder = run_folder(output, experiment, [choice.model, *(applied.name for applied in methods)])
     dense = choice.load()
+    images = unlabelled(data_dir, training, dense)
     runs: dict[Path, tuple[tuple[Method, ...], float | None]] = {folder: (methods, None)}
     if budget:
-        runs = {folder / f"budget-{share:g}": (aimed_at(share, methods, dense), share) for share in shares(budget)}
-    resuming = {own: check_folder(own, resume) for own in runs}
+        aimed = aimed_at(shares(budget), methods, dense, images)
+        runs = {folder / f"budget-{share:g}": (own, share) for share, own in aimed.items()}
+    resuming = {own: check_folder(own, resume) for own in (folder, *runs)}
     if not epochs and any(resuming.values()):
         raise ConfigError(f"{folder} holds a run that was trained; give the --epochs it had, or another --output")
     tutor = resolve_model(teacher, pretrained=True) if teacher else dense
     # Opened before the work starts: data that does not fit the model is to be known now, not in an hour.
     test_images = held_out(data_dir, training, dense)
     names = class_names(labelled(data_dir, training, dense, settings.augmentation()), dense) if epochs else None
-    images = unlabelled(data_dir, training, dense)
 
     def run(folder: Path, methods: tuple[Method, ...], share: float | None) -> Table | None:
         lean = slim(dense.to(device), *methods, images=images)
@@ -102,11 +104,13 @@ def slim_model(
             say(f"{choice.model} with {lean.lean}")
             warm_start(lean, dense, images, steps=warm_start_steps, seed=training.seed, progress=is_main_process())
         if epochs:
-            distill(lean, tutor, data_dir, output=folder, resume=resume, config=settings)
+            trained = distill(lean, tutor, data_dir, output=folder, resume=resume, config=settings)
         if not is_main_process():
             return None
         if share is not None:
             set_budget(lean, share, images)
+            if epochs:
+                save(lean, folder / "best", overwrite=True, class_names=names, extra=trained.best)
         if epochs:
             draw_curves(folder)
         else:
@@ -173,12 +177,21 @@ def shares(text: str) -> list[float]:
     return found
 
 
-def aimed_at(share: float, methods: tuple[Method, ...], dense: VisionTransformer) -> tuple[Method, ...]:
-    """The methods, those that decide per image with the targets of a budget."""
+def aimed_at(
+    budgets: list[float], methods: tuple[Method, ...], dense: VisionTransformer, images: str | ImageData
+) -> dict[float, tuple[Method, ...]]:
+    """By budget, the methods, those that decide per image with the targets of the budget."""
+    from ..model import slim
+
     if not any(method.has_budget for method in methods):
         names = "+".join(method.name for method in methods)
-        raise ConfigError(f"--budget {share:g}: {names} has no budget to aim at, adavit has")
-    return tuple(method.for_budget(dense, share) if method.has_budget else method for method in methods)
+        raise ConfigError(f"--budget {budgets[0]:g}: {names} has no budget to aim at, adavit has")
+    slim(dense, *methods, images=images)  # what does not go together is to be known first
+    beside = slim(dense, *(method for method in methods if not method.has_budget), images=images)
+    return {
+        share: tuple(method.for_budget(dense, share, beside) if method.has_budget else method for method in methods)
+        for share in budgets
+    }
 
 
 def side_by_side(tables: Mapping[float | None, Table]) -> Table:

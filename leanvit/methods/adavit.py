@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import project
-from ..count import count
+from ..count import count, evaluating, random_images
 from ..errors import ConfigError, MethodError
 from ..model import LeanBlock, Tokens
 from ..ops.linear import linear
@@ -95,16 +95,22 @@ class AdaViT(Method):
         plan.check_blocks(self.name, [self.first])
         return self
 
-    def for_budget(self, model: Any, macs: float) -> Self:
+    def for_budget(self, model: Any, macs: float, beside: Any = None) -> Self:
         """The same share of every kind that is decided, such that the expected cost is the budget.
 
         Args:
             model: The dense model.
             macs: A share of its MACs.
+            beside: The model with the other methods that shall run beside this one, if any.
         """
-        dense = count(model).macs
+        beside = model if beside is None else beside
+        dense, others, entering = count(model).macs, count(beside).macs, _tokens_entering(beside, self.first)
+
+        def expected(usage: float) -> float:
+            return (others - self._saved(model, entering, usage)) / dense
+
         low, high = 1e-3, 1.0
-        least, most = (self._expected(model, usage, dense) for usage in (low, high))
+        least, most = expected(low), expected(high)
         if not isinstance(macs, (int, float)) or not least <= macs <= most:
             raise ConfigError(
                 f"adavit: no usage gives a budget of {macs}: from block {self.first} on, what it decides reaches "
@@ -112,16 +118,14 @@ class AdaViT(Method):
             )
         while high - low > 1e-4:
             middle = (low + high) / 2
-            low, high = (middle, high) if self._expected(model, middle, dense) < macs else (low, middle)
+            low, high = (middle, high) if expected(middle) < macs else (low, middle)
         patches, heads, blocks = (round(high, 3) if target < 1 else 1.0 for target in self.targets)
         return replace(self, patches=patches, heads=heads, blocks=blocks)
 
-    def _expected(self, model: Any, usage: float, dense: float) -> float:
-        """The share of the dense MACs that is left where every kind that is decided is used to this degree."""
+    def _saved(self, model: Any, tokens: int, usage: float) -> float:
+        """MACs of an image that are saved where every kind that is decided is used to this degree."""
         patches, heads, blocks = (usage if target < 1 else 1.0 for target in self.targets)
-        height, width = model.patch_embed.grid_size
-        tokens = model.num_prefix_tokens + height * width
-        kept = model.num_prefix_tokens + patches * height * width
+        kept = model.num_prefix_tokens + patches * (tokens - model.num_prefix_tokens)
         saved = 0.0
         for block in model.blocks[self.first :]:
             attention, inner = block.attn, block.attn.attn_dim
@@ -132,7 +136,7 @@ class AdaViT(Method):
             whole = tokens * (inputs + proj + mlp) + 2 * tokens**2 * inner
             left = blocks * (kept * (always + mlp + heads * of_heads) + heads * 2 * kept**2 * inner)
             saved += whole - left
-        return 1 - saved / dense
+        return saved
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
         for index, block in enumerate(lean.blocks):
@@ -161,6 +165,20 @@ class AdaViT(Method):
         )
         target = found["usage_target"][0].value
         return {"usage": self.usage_weight * (usage - target).abs().sum()}
+
+
+def _tokens_entering(model: Any, index: int) -> int:
+    """How many tokens of an image reach a block; 0 where there is no such block."""
+    seen = [0]
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: seen.append(getattr(args[0], "x", args[0]).shape[1]))
+        for block in model.blocks[index : index + 1]
+    ]
+    with evaluating(model), torch.inference_mode():
+        model(random_images(model).to(next(model.parameters())))
+    for hook in hooks:
+        hook.remove()
+    return seen[-1]
 
 
 class Decisions(LeanModule):
@@ -274,6 +292,9 @@ class Decisions(LeanModule):
 
     def set_progress(self, progress: float) -> None:
         self.progress.fill_(progress)
+
+    def settled(self, progress: float) -> bool:
+        return progress >= self.config.ramp or bool((self.begin == self.begin.new_tensor(self.config.targets)).all())
 
     def check_block(self, block: Any) -> None:
         for module in block.lean_modules():

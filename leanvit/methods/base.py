@@ -66,6 +66,10 @@ class LeanModule(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Training has come this far, from 0 to 1."""
 
+    def settled(self, progress: float) -> bool:
+        """Whether, when training has come this far, the module already does as little as it is asked to at the end."""
+        return True
+
     def not_ready(self) -> str:
         """Why the deployed form would give other outputs than this one; empty when it gives the same."""
         return ""
@@ -137,8 +141,13 @@ class Method:
         """Decide what is left to measurement or to the model's depth, and check all of it against the model."""
         return self
 
-    def for_budget(self, model: Any, macs: float) -> Self:
+    def for_budget(self, model: Any, macs: float, beside: Any = None) -> Self:
         """The method with the parameters that aim at a mean cost of so large a share of the dense model's MACs.
+
+        Args:
+            model: The dense model.
+            macs: The share.
+            beside: The model with the other methods that shall run beside this one, if any.
 
         Raises:
             ConfigError: No parameters reach it, or its cost is not a matter of a budget.

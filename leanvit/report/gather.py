@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 
 from ..bench import bench, no_garbage_collection
 from ..count import Cost, count, deployed_form
-from ..data import ImageData, open_data, report_damage
+from ..data import ImageData, data_config, open_data, report_damage
 from ..errors import ConfigError, DataError, LeanVitError
 from ..explain import Explainer, Explanation
 from ..measure import Comparison, EvalResult, compare, environment, evaluate
@@ -285,7 +285,15 @@ def _measured(
     timing: Mapping[str, Any],
     **opening: Any,
 ) -> Page:
-    data = open_data(path, next(iter(lean.values())), **opening)
+    reference = dense if knows else next(iter(lean.values()))
+    wanted = data_config(reference)
+    for name, model in lean.items():  # a page shows, and measures all models on, one set of images
+        if (own := data_config(model)) != wanted:
+            raise ConfigError(
+                f"{name} prepares images otherwise than the dense model ({own}, not {wanted}), and a page has one set "
+                "of images; leanvit compare measures them"
+            )
+    data = open_data(path, reference, **opening)
     subset = Subset(data, sorted({*_spread(len(data), most)}))
     if knows:
         table = compare(dense, lean, subset, images=subset, **timing)  # what adapts is timed on real images

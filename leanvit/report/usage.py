@@ -100,16 +100,19 @@ def learned_and_random(policies: list[dict[str, Any]]) -> Figure:
 
 
 def _picture(data: ImageData, usage: Usage, place: int) -> np.ndarray:
-    """An image as the model saw it, its patches whitened by the share of blocks in which they took no part."""
+    """An image as the model saw it, its patches whitened by the share of blocks in which they took no part.
+
+    Where tokens were merged or removed before, they have no place in the image, and it is shown as it is.
+    """
     sample = data[usage.index[place]]
     assert sample is not None
     pixels = sample[0].numpy().transpose(1, 2, 0)
     pixels = (pixels - pixels.min()) / max(float(np.ptp(pixels)), 1e-6)
     shown = Image.fromarray((255 * pixels).astype(np.uint8).squeeze()).convert("RGB").resize((PICTURE, PICTURE))
     took_part = usage.patches[place].mean(dim=0).numpy()  # (M,)
-    height, width = pixels.shape[:2]
-    rows = round((len(took_part) * height / width) ** 0.5)
-    mask = Image.fromarray(took_part.reshape(rows, -1).astype(np.float32))
+    if len(took_part) != usage.grid[0] * usage.grid[1]:
+        return np.asarray(shown)
+    mask = Image.fromarray(took_part.reshape(usage.grid).astype(np.float32))
     part = np.asarray(mask.resize((PICTURE, PICTURE), Image.Resampling.NEAREST))[..., None]
     return np.asarray(shown) / 255 * part + (1 - part)
 
