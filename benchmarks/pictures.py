@@ -40,7 +40,10 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#BBBBBB"
 TRAINED = Path("docs/results/trained")
 FAMILIES = {"dgssa": BLUE, "castling": ORANGE, "sparsifiner": GREEN, "adavit": "#CC79A7"}
 """The first method of a student, and its colour."""
-ABLATIONS = ("main", "main, short", "no warm start", "no guidance", "first layers")
+ABLATIONS = (
+    *("main", "main, short", "no warm start", "no guidance", "first layers"),
+    *("castling, short", "castling, no auxiliary", "castling, no warm start", "castling, along the tokens"),
+)
 """Students that show what a part is worth, and are not drawn."""
 
 
