@@ -232,8 +232,8 @@ def test_behind_removed_and_merged_tokens(conv):
 @torch.no_grad()
 @pytest.mark.parametrize("then", ["", "+pruning:at=1"])
 @pytest.mark.parametrize("conv", ["grid", "tokens"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_the_operation_gives_what_torch_gives(conv, then, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operation_gives_what_torch_gives(conv, then, dtype, monkeypatch):
     vit = small_vit()
     lean = leanvit.slim(vit, *leanvit.methods.parse(f"castling:conv={conv},kernel=3,layers=0,2,3{then}"))
     for index in (0, 2, 3):
@@ -246,10 +246,14 @@ def test_the_operation_gives_what_torch_gives(conv, then, dtype, tolerance, monk
     assert len(runs) == 3 and (runs[-1][-1] is not None) == bool(then and conv == "grid")
     monkeypatch.setattr(castling, "takes_kernel", lambda *_: False)
     by_torch = fast.to(dtype)(images.to(dtype))
-    assert ((got - by_torch).abs() <= tolerance * (1 + by_torch.abs())).all()  # as in bf16 itself, relative to the size
     monkeypatch.undo()
+    exact = lean(images)
     if dtype is torch.float32:
-        assert (got - lean(images)).abs().max() < 1e-4  # one filter a head
+        torch.testing.assert_close(got, by_torch, rtol=1e-5, atol=1e-5)
+        assert (got - exact).abs().max() < 1e-4  # one filter a head
+    else:  # each rounds in its own way; neither is nearer to what fp32 gives
+        error, error_by_torch = ((logits - exact).abs().mean() for logits in (got, by_torch))
+        assert error < 1.5 * error_by_torch
 
 
 @torch.no_grad()
