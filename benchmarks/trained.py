@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 import leanvit
+from leanvit.data import open_data
 from leanvit.measure import environment
 from leanvit.methods import parse
 from leanvit.ops.processor import has_bf16
 from leanvit.store import resolve_model
+from leanvit.usage import against_random, measure_usage
 
 LEAN = "dgssa:layers=auto:3+glad:at=4,6,8"
 GENTLE = {"lr": 5e-4, "inherited_lr_scale": 0.2}
@@ -142,11 +144,20 @@ def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> di
 
 
 def at_budget(budget: float, lean: Any, teacher: torch.nn.Module, args: argparse.Namespace) -> dict[str, Any]:
-    """The same trained model at another budget: thresholds from training photos without labels."""
+    """The same trained model at another budget: thresholds from training photos without labels; and random policies."""
     train, val = data(args)
     leanvit.set_budget(lean, budget, train)
-    row = leanvit.evaluate(leanvit.deploy(lean), val, teacher=teacher, progress=False).row()
-    return {"budget": budget, **row, "macs_ratio": leanvit.count(teacher).macs / 1e9 / row["gmacs_mean"]}
+    fast = leanvit.deploy(lean)
+    row = leanvit.evaluate(fast, val, teacher=teacher, progress=False).row()
+    photos = open_data(val, fast)
+    _, random, by_block = against_random(fast, photos, measure_usage(fast, photos, progress=False), progress=False)
+    return {
+        "budget": budget,
+        **row,
+        "macs_ratio": leanvit.count(teacher).macs / 1e9 / row["gmacs_mean"],
+        "top1_random": random["top1"],
+        "top1_random_by_block": by_block["top1"],
+    }
 
 
 def data(args: argparse.Namespace) -> tuple[str, str]:
