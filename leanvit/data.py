@@ -303,6 +303,13 @@ def image_batches(source: ImageSource, model: nn.Module, batch_size: int, limit:
         warnings.warn(damage, LeanVitWarning, stacklevel=2)
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels ``(B,)`` that a model with so many classes has no output for."""
+    lowest, highest = map(int, labels.aminmax())
+    if lowest < 0 or highest >= classes:
+        raise DataError(f"labels go from {lowest} to {highest}, the model has {classes} classes")
+
+
 def report_damage(dataset: Dataset[Any]) -> str:
     """One line that counts and names the damaged images met so far; empty when there are none."""
     while isinstance(dataset, Subset):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .bench import bench, peak_memory, realised_share
 from .count import Cost, Share, constant_macs, count, deployed_form, evaluating, input_size, macs_of_each
-from .data import loader, open_data
+from .data import check_labels, loader, open_data
 from .engines import PRECISIONS, check_engines
 from .errors import ConfigError, DataError, UnsupportedModelError
 from .model import LeanModel
@@ -193,10 +193,7 @@ class _Counts:
             output = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise UnsupportedModelError(f"the model is no classifier: its output has {output}, not (images, classes)")
         classes = logits.shape[1]
-        if int(labels.max()) >= classes or int(labels.min()) < 0:
-            raise DataError(
-                f"labels go from {int(labels.min())} to {int(labels.max())}, the model has {classes} classes"
-            )
+        check_labels(labels, classes)
         scores = logits.float().cpu()
         best = scores.topk(min(5, classes), dim=1).indices  # (B, 5)
         self.in_top5 += int((best == labels[:, None]).sum())

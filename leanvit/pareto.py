@@ -56,6 +56,7 @@ def measure(
     check_engines(engines, precisions, torch.device(device))
     models = {name: deployed_form(model) for name, model in models.items()}
     first = next(iter(models))
+    opened = {name: open_data(data, model, split=split, class_map=class_map) for name, model in models.items()}
     rows: list[Row] = []
     top1: dict[tuple[str, str], Row] = {}
     for precision in precisions:
@@ -63,15 +64,13 @@ def measure(
             engine = "torch" if precision in PRECISIONS else next(name for name in engines)
             if not ENGINES[engine].takes(model):
                 continue
-            images = open_data(data, model, split=split, class_map=class_map)
             ready = InEngine(model, engine, precision, threads, torch.device(device))
-            top1[name, precision] = evaluate(ready, images, workers=workers, progress=progress).row()
+            top1[name, precision] = evaluate(ready, opened[name], workers=workers, progress=progress).row()
     for engine in engines:
         taken = {name: model for name, model in models.items() if ENGINES[engine].takes(model)}
-        # What decides by the image is timed on real ones, and the others with it.
-        opened = {name: open_data(data, model, split=split, class_map=class_map) for name, model in taken.items()}
         rows += bench(
             taken,
+            # What decides by the image is timed on real ones, and the others with it.
             images=opened if any(map(decides_per_image, taken.values())) else None,
             engines=(engine,),
             precisions=precisions,

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .count import input_size
-from .data import class_names, loader, open_data, open_held_out, report_damage
+from .data import check_labels, class_names, loader, open_data, open_held_out, report_damage
 from .errors import ConfigError, DataError, TrainingDiverged, UnsupportedModelError
 from .methods.base import LeanModule
 from .model import LeanModel, digests
@@ -242,7 +242,8 @@ class _Training:
             The loss and its terms, mean over all processes.
         """
         _set_progress(self.model, min(self.updates / self.total_updates, 1.0))
-        self._check(images, targets)
+        input_size(self.model, (images.shape[-2], images.shape[-1]))
+        check_labels(targets, self.model.num_classes)  # type: ignore[arg-type]
         if self.mix is not None and len(images) > 1:
             even = len(images) // 2 * 2  # a damaged image can leave an odd number
             images, targets = self.mix(images[:even], targets[:even])
@@ -261,14 +262,6 @@ class _Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return measured
-
-    def _check(self, images: Tensor, targets: Tensor) -> None:
-        input_size(self.model, (images.shape[-2], images.shape[-1]))
-        lowest, highest = targets.aminmax()
-        if lowest < 0 or highest >= self.model.num_classes:  # type: ignore[operator]
-            raise DataError(
-                f"labels go from {int(lowest)} to {int(highest)}, the model has {self.model.num_classes} classes"
-            )
 
     def _after_update(self) -> None:
         """Move on what follows the weights: the learning rate and the moving average."""
