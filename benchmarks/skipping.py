@@ -26,6 +26,7 @@ from leanvit.count import constant_macs, image_macs
 from leanvit.engines import PRECISIONS
 from leanvit.measure import environment
 from leanvit.methods.adavit import Decisions, RandomDecisions
+from leanvit.ops.linear import blocks_of
 from leanvit.report.tables import Row, Table
 
 USAGES = {"all on": (1.0, 1.0, 1.0), "0.7/0.7/0.65": (0.7, 0.7, 0.65), "0.5/0.5/0.5": (0.5, 0.5, 0.5)}
@@ -159,7 +160,7 @@ class Drawn:
     def peak_memory(self) -> int:
         for module in self.drawing:
             module.call = 0
-        held = [*self.model.parameters(), *self.model.buffers(), self.images]
+        held = [*self.model.parameters(), *self.model.buffers(), *blocks_of(self.model.parameters()), self.images]
         return sum(tensor.nbytes for tensor in held) + peak_memory(self.stream)
 
 

@@ -184,8 +184,11 @@ _FORMULAS: dict[Any, Any] = {
     aten.addbmm: lambda c, a, b, **_: 2 * math.prod(a) * b[-1],
     aten._int_mm: lambda a, b, **_: 2 * math.prod(a) * b[-1],
 }
+_FREE: set[Any] = set()
+"""Operations of others than torch that only move data."""
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in builds without oneDNN
     _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _fused_linear
+    _FREE.add(torch.ops.mkldnn._reorder_linear_weight)
 # An operation of torch's own without a formula is free unless its name says otherwise; others need one.
 _KNOWN = ("aten", "prim", "prims", "profiler")
 _WORK = re.compile(r"attention|convolution|mm\b|_mm_|multi_head|encoder_layer")
@@ -208,7 +211,7 @@ class _Recorder(TorchDispatchMode):
             if "scaled_dot_product" in str(packet):
                 query, key = args[:2]  # (B, H, N, d): fused or not, the scores (B, H, N, N) are worked out
                 self.activations += math.prod(query.shape[:-1]) * key.shape[-2]
-        elif getattr(func, "namespace", "") not in _KNOWN or _WORK.search(str(packet)):
+        elif packet not in _FREE and (getattr(func, "namespace", "") not in _KNOWN or _WORK.search(str(packet))):
             self.unknown.add(str(packet))
         return out
 

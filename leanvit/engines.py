@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .methods import Method
 from .model import LeanModel
+from .ops.linear import blocks_of
 from .ops.processor import has_vnni
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,7 @@ class Engine(ABC):
     """Of the images it takes."""
 
     def held(self) -> list[Tensor]:
-        """The model's tensors, where they are torch's."""
+        """The model's tensors, and what is kept in other forms of them, where they are torch's."""
         return []
 
     @classmethod
@@ -71,7 +72,7 @@ class Torch(Engine):
         self.model = copy.deepcopy(model).eval().requires_grad_(False).to(device, self.dtype)
 
     def held(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
+        return [*self.model.parameters(), *self.model.buffers(), *blocks_of(self.model.parameters())]
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:

@@ -20,7 +20,11 @@ class FastLinear(nn.Linear):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.weight = nn.Parameter(column_major(self.weight.detach()), self.weight.requires_grad)
+        self.weight = nn.Parameter(self.lay_out(self.weight.detach()), self.weight.requires_grad)
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        """The weight as it lies in memory, whose products are fastest."""
+        return column_major(weight)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return linear(input, self.weight, self.bias, gelu=self.gelu, residual=residual)
@@ -74,6 +78,8 @@ def speed_up(model: Any) -> None:
         embed.__class__ = FastPatchEmbed
     for block in model.blocks:
         speed_up_block(block)
+    if type(model.head) is nn.Linear:
+        speed_up_linear(model.head)
 
 
 def speed_up_block(block: Any) -> None:
@@ -86,8 +92,7 @@ def speed_up_block(block: Any) -> None:
     )
     for module in block.modules():
         if type(module) is nn.Linear:
-            module.__class__ = FastLinear
-            module.weight = nn.Parameter(column_major(module.weight.detach()))
+            speed_up_linear(module)
     if plain_mlp:
         block.mlp.__class__ = FastMlp
         block.mlp.fc1.gelu = block.mlp.act.approximate
@@ -96,6 +101,12 @@ def speed_up_block(block: Any) -> None:
     block.__class__ = FastBlock
     if type(block.attn) is Attention:
         block.attn.__class__ = FastAttention
+
+
+def speed_up_linear(module: Any) -> None:
+    """Give a linear layer its inference form, in place."""
+    module.__class__ = FastLinear
+    module.weight = nn.Parameter(column_major(module.weight.detach()))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from .attention import project
-from .fast import FastMlp
+from .fast import FastLinear, FastMlp
 from .model import LeanBlock, Tokens
 from .ops.linear import linear
 from .ops.packed import packed_attention, packed_rows, rounded_up
@@ -137,34 +137,43 @@ class PackedBlock(LeanBlock):
         return attention * attending + mlp * tokens * hidden + self.decide.macs(patches)
 
 
-class HeadwiseLinear(nn.Linear):
+class HeadwiseLinear(FastLinear):
     """The rows of a joint projection that belong to some heads, and only those; ordered head by head.
 
     Args:
         joint: timm's projection, rows ordered query, key, value, in each of them by head.
         heads: H.
         parts: Which of query, key and value (0, 1, 2) it holds.
+        split: Whether some heads may be asked for without the others.
     """
 
-    def __init__(self, joint: nn.Linear, heads: int, parts: Sequence[int]) -> None:
+    def __init__(self, joint: nn.Linear, heads: int, parts: Sequence[int], split: bool = False) -> None:
         weight, bias = (
             None if x is None else x.detach().unflatten(0, (3, heads, -1))[list(parts)].transpose(0, 1).flatten(0, 2)
             for x in (joint.weight, joint.bias)
         )
         assert weight is not None
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        self.weight = nn.Parameter(weight.contiguous())
+        self.heads, self.parts, self.split = heads, len(parts), split
+        self.weight = nn.Parameter(self.lay_out(weight))
         if bias is not None:
             self.bias = nn.Parameter(bias.contiguous())
-        self.heads, self.parts = heads, len(parts)
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        # The rows of some heads are a matrix that oneDNN takes only where the weight lies row by row.
+        return weight.contiguous() if self.split else super().lay_out(weight)
 
     def forward(self, x: Tensor, ranges: Sequence[range]) -> Tensor:  # type: ignore[override]
         """``(T, C)`` → ``(T, heads in the ranges, parts, d)``."""
         width = self.out_features // self.heads
         outs = []
         for heads in ranges:
-            rows = slice(heads.start * width, heads.stop * width)
-            outs.append(linear(x, self.weight[rows], None if self.bias is None else self.bias[rows]))
+            weight: Tensor = self.weight
+            bias: Tensor | None = self.bias
+            if len(heads) < self.heads:
+                rows = slice(heads.start * width, heads.stop * width)
+                weight, bias = weight[rows], None if bias is None else bias[rows]
+            outs.append(linear(x, weight, bias))
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
         return out.unflatten(1, (-1, self.parts, width // self.parts))
 
@@ -174,6 +183,7 @@ class PackedAttention(nn.Module):
 
     Args:
         attention: timm's; a head that is not used has no query, key, value nor output.
+        split: Whether images may use some heads without the others.
         partial: A head that is not used puts its values out as they are.
     """
 
@@ -184,10 +194,10 @@ class PackedAttention(nn.Module):
     proj: Any
     proj_drop: Any
 
-    def __init__(self, attention: Attention, partial: bool) -> None:
+    def __init__(self, attention: Attention, split: bool, partial: bool) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.partial = attention.num_heads, attention.head_dim, partial
-        self.headwise = HeadwiseLinear(attention.qkv, self.num_heads, (0, 1) if partial else (0, 1, 2))
+        self.headwise = HeadwiseLinear(attention.qkv, self.num_heads, (0, 1) if partial else (0, 1, 2), split)
         self.v = HeadwiseLinear(attention.qkv, self.num_heads, (2,)) if partial else None
         for name in ("q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"):
             setattr(self, name, getattr(attention, name))

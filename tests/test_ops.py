@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from leanvit.methods.base import grid_positions
 from leanvit.ops.aggregate import aggregation_weights, cell_centres, partition
 from leanvit.ops.attention import attention
-from leanvit.ops.linear import column_major, linear, linear_reference
+from leanvit.ops.linear import blocked, blocks_of, column_major, linear, linear_reference
 from leanvit.ops.static import (
     coarse_scale,
     coarse_static_attention,
@@ -168,3 +173,33 @@ def test_attention_pooled_to_a_coarse_grid_keeps_its_places():
     coarse = pool_static(fine / fine.sum(-1, keepdim=True), 1, interpolation(4, 8), interpolation(4, 8))
     assert torch.allclose(coarse[0, 1:, 0], torch.tensor(0.5), atol=1e-6)
     assert (coarse[0, 1:, 1:].argmax(-1) == torch.arange(16)).all()
+
+
+@torch.no_grad()
+def test_a_blocked_weight_follows_its_parameter():
+    x, weight = torch.randn(5, 33), nn.Parameter(torch.randn(24, 33))
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: weight.mul_(2),
+        lambda: weight.copy_(torch.randn(24, 33)),
+        lambda: setattr(weight, "data", torch.randn(24, 33)),
+        lambda: setattr(weight, "data", column_major(torch.randn(24, 33))),
+        lambda: setattr(weight, "data", weight.data[:7]),
+    ]
+    for change in changes:
+        change()
+        for _ in range(2):  # made, then kept
+            got = torch.ops.mkldnn._linear_pointwise(x, blocked(weight), None, "none", [], "")
+            assert torch.allclose(got, x @ weight.T, atol=1e-5)
+    kept = blocked(weight)
+    assert blocked(weight) is kept and blocks_of([weight]) == [kept]
+    assert blocks_of([copy.deepcopy(weight)]) == []
+    assert blocked(weight[:3]).layout is torch.strided, "of what is no parameter nothing is kept"
+
+
+def test_blocks_go_with_their_parameter():
+    weight = nn.Parameter(torch.randn(24, 33))
+    kept = weakref.ref(blocked(weight))
+    assert kept() is not None
+    del weight
+    assert kept() is None
