@@ -64,7 +64,8 @@ def at(precision: str, batch: int) -> list[Row]:
     rounds, warmup, stream = ROUNDS[batch], WARMUP[batch], STREAM[batch]
     calls = (rounds + warmup) * stream
     runs = {name: Drawn(model.to(dtype).requires_grad_(False), images, calls) for name, model in models.items()}
-    seconds = take_turns([partial(run.stream, stream) for run in runs.values()], iterations=rounds, warmup=warmup)
+    streams = [partial(run.stream, stream) for run in runs.values()]
+    seconds = take_turns(streams, iterations=rounds, warmup=warmup, settle=0)  # a policy is drawn for one call
     times = {name: trimmed_mean(own) / stream for name, own in zip(runs, seconds, strict=True)}
     constant = constant_macs(leanvit.deploy(leanvit.slim(vit, leanvit.AdaViT())))
     rows: list[Row] = []

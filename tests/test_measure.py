@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import time
 import warnings
+from functools import partial
 
 import pytest
 import timm
@@ -99,6 +101,12 @@ def test_count_is_the_same_for_every_attention_kernel(tiny_vit, fused, dtype):
     assert cost.macs == dense_macs()
     assert cost.by_kind["attention"].macs == 4 * 2 * 17**2 * 48
     assert cost.macts == count(vit()).macts
+
+
+def test_count_is_the_same_before_and_after_weights_are_kept_in_blocks(tiny_vit):
+    fast = leanvit.deploy(leanvit.slim(tiny_vit)).bfloat16()
+    first = count(fast)
+    assert first.macs == dense_macs() and count(fast) == first
 
 
 def test_layers_and_kinds_add_up(tiny_vit):
@@ -301,9 +309,24 @@ def test_bench_refuses_models(models, message):
 
 def test_take_turns_interleaves_and_rotates():
     order: list[str] = []
-    times = take_turns([lambda name=name: order.append(name) for name in "abc"], iterations=3, warmup=1)
+    times = take_turns([lambda name=name: order.append(name) for name in "abc"], iterations=3, warmup=1, settle=0)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert [len(each) for each in times] == [3, 3, 3]
+
+
+def test_the_second_of_two_short_calls_counts(monkeypatch):
+    now, calls = 0.0, []
+
+    def run(own: int, again: float) -> None:
+        nonlocal now
+        now += again if calls and calls[-1] == own else 3 * again
+        calls.append(own)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    runs = [partial(run, 0, 0.01), partial(run, 1, 1.0)]
+    times = take_turns(runs, iterations=2, warmup=0, settle=0.05)
+    assert calls == [0, 0, 1, 1, 0, 0], "the long one is called once a turn"
+    assert times[0] == pytest.approx([0.01, 0.01]) and times[1] == pytest.approx([3.0, 1.0])
 
 
 def test_peak_memory_is_exact_and_repeatable():
