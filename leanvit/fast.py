@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from timm.layers import Attention, DropPath, Format, LayerScale, Mlp, PatchEmbed
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import Attended, attend, dense_attention
 from .model import LeanBlock, Tokens
-from .ops.linear import column_major, infers_on_cpu, linear
+from .ops.linear import column_major, forget_blocks, infers_on_cpu, linear
 
 
 class FastLinear(nn.Linear):
@@ -21,6 +21,10 @@ class FastLinear(nn.Linear):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.weight = nn.Parameter(self.lay_out(self.weight.detach()), self.weight.requires_grad)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        forget_blocks(self.weight)  # of the type or device before
+        return super()._apply(*args, **kwargs)
 
     def lay_out(self, weight: Tensor) -> Tensor:
         """The weight as it lies in memory, whose products are fastest."""

@@ -13,6 +13,8 @@ from torch import nn
 
 import leanvit
 from leanvit.model import LeanBlocks
+from leanvit.ops.linear import blocks_of
+from leanvit.ops.processor import prefers_onednn
 
 from .contract import MODELS, photos, small_vit
 
@@ -141,6 +143,17 @@ def test_a_deployed_model_keeps_its_layout_when_loaded(tiny_vit, tmp_path):
     leanvit.save(fast, tmp_path / "fast")
     strides = [parameter.stride() for parameter in fast.parameters()]
     assert [parameter.stride() for parameter in leanvit.load(tmp_path / "fast").parameters()] == strides
+
+
+@pytest.mark.skipif(not prefers_onednn(torch.bfloat16), reason="this CPU has no bf16 products to keep blocks for")
+def test_a_deployed_model_keeps_no_blocks_of_another_type(tiny_vit):
+    fast = leanvit.deploy(leanvit.slim(tiny_vit)).bfloat16()
+    with torch.inference_mode():
+        fast(torch.randn(1, 3, 32, 32).bfloat16())
+    assert blocks_of(fast.parameters())
+    assert set(fast.state_dict()) == set(tiny_vit.state_dict())
+    assert not blocks_of(copy.deepcopy(fast).parameters())
+    assert not blocks_of(fast.float().parameters())
 
 
 def test_a_size_that_patches_do_not_divide_is_refused_before_anything_changes(tiny_vit):

@@ -90,6 +90,11 @@ def blocked(weight: Tensor) -> Tensor:
     return found.blocks
 
 
+def forget_blocks(weight: Tensor) -> None:
+    """Let go of the blocks that are kept for a parameter, if any."""
+    _BLOCKED.pop(weight, None)
+
+
 def blocks_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The blocks that are kept for some of these parameters."""
     found = (_BLOCKED.get(parameter) for parameter in parameters)
