@@ -28,6 +28,7 @@ MODEL = "deit_tiny_patch16_224"
 METHODS = (
     "dgssa:layers=0-5+glad:at=6,8,10",
     "dgssa:layers=1,2,3+glad:at=6,8,10",
+    "dgssa:layers=1,2,3+glad:at=5,7,9",
     "dgssa:layers=0-5",
     "glad:at=6,8,10",
     "castling",

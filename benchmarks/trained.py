@@ -40,6 +40,8 @@ TEACHER_EPOCHS = 3
 STUDENTS: dict[str, dict[str, Any]] = {
     "later stages": {"method": LEAN.replace("4,6,8", "6,8,10"), "epochs": 6, "options": GENTLE},
     "later stages, seed 1": {"method": LEAN.replace("4,6,8", "6,8,10"), "epochs": 6, "options": GENTLE, "seed": 1},
+    "middle stages": {"method": LEAN.replace("4,6,8", "5,7,9"), "epochs": 8, "options": GENTLE},
+    "middle stages, seed 1": {"method": LEAN.replace("4,6,8", "5,7,9"), "epochs": 8, "options": GENTLE, "seed": 1},
     "main, gentle": {"method": LEAN, "epochs": 8, "options": GENTLE},
     "main, gentle, seed 1": {"method": LEAN, "epochs": 8, "options": GENTLE, "seed": 1},
     "main": {"method": LEAN, "epochs": 15},
