@@ -24,7 +24,7 @@ from .count import Cost, count, deployed_form, random_images
 from .data import image_batches
 from .engines import ENGINES, Engine, check_engines
 from .errors import ConfigError, LeanVitWarning
-from .model import LeanModel
+from .model import LeanModel, data_dependent
 from .ops.processor import has_bf16, warn_of_emulation
 from .report.tables import Row
 
@@ -300,7 +300,7 @@ def _check(
 
 def _warn_of_random_images(models: Mapping[str, nn.Module], images: object) -> None:
     for name, model in models.items():
-        if images is None and isinstance(model, LeanModel) and model.lean.data_dependent:
+        if images is None and data_dependent(model):
             warnings.warn(
                 f"{name}: what it costs depends on the image, and random images say little of photos; give images "
                 "(--data-dir)",

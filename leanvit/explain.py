@@ -20,7 +20,7 @@ from .bench import take_turns
 from .count import count, deployed_form
 from .data import IMAGE_MODES, data_config
 from .errors import ConfigError, DataError, RestoreError
-from .model import Grid, LeanModel, Tokens, restore, with_blocks
+from .model import Grid, LeanModel, Tokens, data_dependent, restore, with_blocks
 from .photos import in_mode, read_photo
 from .record import record
 
@@ -333,7 +333,7 @@ class Explainer:
 
     def _macs(self, name: str, model: nn.Module, image: Tensor) -> float:
         """Counted on each photo only where a method's cost depends on it."""
-        if isinstance(model, LeanModel) and model.lean.data_dependent:
+        if data_dependent(model):
             return count(model, images=image).macs
         if name not in self.constant_macs:
             self.constant_macs[name] = count(model, images=image).macs

@@ -474,6 +474,11 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
 
 
 @torch.no_grad()
+def data_dependent(model: nn.Module) -> bool:
+    """Whether what a model's deployed form computes, and so its cost, depends on the image."""
+    return isinstance(model, LeanModel) and model.lean.data_dependent
+
+
 def what_force_changes(model: Any) -> str:
     """What deploying a model before its training is over does to its outputs, measured on a few random images."""
     from .count import evaluating, random_images

@@ -24,7 +24,7 @@ from ..data import ImageData, data_config, open_data, report_damage
 from ..errors import ConfigError, DataError, LeanVitError
 from ..explain import Explainer, Explanation
 from ..measure import Comparison, EvalResult, compare, environment, evaluate
-from ..model import LeanModel
+from ..model import LeanModel, data_dependent
 from ..store import model_arguments, resolve_model
 from .headline import DENSE
 from .page import About, Page, Source
@@ -161,8 +161,7 @@ def _mean(values: torch.Tensor, at: torch.Tensor) -> float:
 
 def cost_of(model: Any, images: ImageData | Subset[Any]) -> Cost:
     """What a model costs on paper; the mean of some images where it depends on them."""
-    adapts = isinstance(model, LeanModel) and model.lean.data_dependent
-    if not adapts:
+    if not data_dependent(model):
         return count(model)
     data, readable = _readable(images)
     batch = [data[readable[place]] for place in _spread(len(readable), COSTED)]
