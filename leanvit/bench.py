@@ -35,12 +35,11 @@ SECONDS, FEWEST, MOST = 10.0, 10, 300
 """A point takes so many seconds, but at least and at most so many rounds, unless told how many."""
 
 SHORT = 0.05
-"""A call of fewer seconds is made twice in its turn, and the second one counts: the first brings back to the caches
-what the other models drove out, and a model that is in use runs alone."""
+"""Where a call takes fewer seconds, all are made twice in their turns, and the second one counts: the first brings back
+to the caches what the other models drove out, and a model that is in use runs alone."""
 
-ROTATION = 5
-"""Of real images, so many batches take turns: where cost differs by image, one batch says little. An odd number: where
-calls are made twice, all of them still count."""
+ROTATION = 4
+"""Of real images, so many batches take turns: where cost differs by image, one batch says little."""
 
 
 def bench(
@@ -144,21 +143,21 @@ def take_turns(
         runs: What to time.
         iterations: Rounds; about ten seconds' worth when not given.
         warmup: Rounds before those, not counted.
-        settle: A call of fewer seconds is made twice in its turn, and the second one counts.
+        settle: Where a call of any takes fewer seconds, all are made twice in their turns, and the second one counts.
     """
     times: list[list[float]] = [[] for _ in runs]
     with no_garbage_collection():
+        shortest = 0.0
         for _ in range(warmup):
-            for run in runs:
-                run()
+            shortest = min(map(_timed, runs))
+        calls = 2 if shortest < settle else 1
         rounds, start = 0, time.perf_counter()
         while rounds < (iterations or FEWEST) or (
             iterations is None and rounds < MOST and time.perf_counter() - start < SECONDS
         ):
             for turn in range(len(runs)):
                 which = (rounds + turn) % len(runs)
-                seconds = _timed(runs[which])
-                times[which].append(_timed(runs[which]) if seconds < settle else seconds)
+                times[which].append([_timed(runs[which]) for _ in range(calls)][-1])
             rounds += 1
     return times
 
@@ -175,8 +174,8 @@ def peak_memory(run: Callable[[], Any], device: str | torch.device = "cpu") -> i
     Counted at torch's allocator, on the CPU by its profiler as on a GPU by `torch.cuda.max_memory_allocated`:
     every tensor, and what kernels ask torch for; the same figure on every run. Scratch of libraries (inputs
     reordered by oneDNN, say) is not seen. The process's resident size would hold it, but also what the C
-    library keeps for later, which depends on what ran before. `bench` adds the model's weights and the batch:
-    its ``peak_memory_mb`` (millions of bytes) is what one forward pass needs.
+    library keeps for later, which depends on what ran before. `bench` adds the model's weights, in
+    every form that is kept of them, and the batch: its ``peak_memory_mb`` (millions of bytes) is what one forward pass needs.
 
     Args:
         run: What to measure; it should have run before, so that what is made once is made.
@@ -206,7 +205,7 @@ def peak_memory(run: Callable[[], Any], device: str | torch.device = "cpu") -> i
 
 
 class _Runner:
-    """Runs a model on one batch, the next one at each call."""
+    """Runs a model on one batch, the next one at every second call: a turn may be two calls."""
 
     def __init__(self, run: Engine, batches: Sequence[Tensor], device: torch.device) -> None:
         self.run = run
@@ -215,11 +214,11 @@ class _Runner:
         self.calls = 0
 
     def __call__(self) -> None:
-        self.run(self.batches[self.calls % len(self.batches)])
+        self.run(self.batches[self.calls // 2 % len(self.batches)])
         self.calls += 1
 
     def peak_memory(self) -> int | None:
-        """Bytes that one forward pass needs: weights, batch, and what it allocates; None where torch cannot tell."""
+        """Bytes that one forward pass needs: what is held, batch, and what it allocates; None where torch cannot tell."""
         held = self.run.held()
         if not held:
             return None

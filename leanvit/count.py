@@ -185,7 +185,7 @@ _FORMULAS: dict[Any, Any] = {
     aten._int_mm: lambda a, b, **_: 2 * math.prod(a) * b[-1],
 }
 _FREE: set[Any] = set()
-"""Operations of others than torch that only move data."""
+"""Operations outside `_KNOWN` that only move data."""
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in builds without oneDNN
     _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _fused_linear
     _FREE.add(torch.ops.mkldnn._reorder_linear_weight)

@@ -13,7 +13,15 @@ from .model import LeanBlock, Tokens
 from .ops.linear import column_major, forget_blocks, infers_on_cpu, linear
 
 
-class FastLinear(nn.Linear):
+class BlockedLinear(nn.Linear):
+    """A linear layer of which blocks may be kept: they go when its type or device changes."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        forget_blocks(self.weight)
+        return super()._apply(*args, **kwargs)
+
+
+class FastLinear(BlockedLinear):
     """A linear layer for inference, with the GELU behind it if it took that over."""
 
     gelu: str = ""
@@ -21,10 +29,6 @@ class FastLinear(nn.Linear):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.weight = nn.Parameter(self.lay_out(self.weight.detach()), self.weight.requires_grad)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        forget_blocks(self.weight)  # of the type or device before
-        return super()._apply(*args, **kwargs)
 
     def lay_out(self, weight: Tensor) -> Tensor:
         """The weight as it lies in memory, whose products are fastest."""
@@ -89,7 +93,8 @@ def speed_up(model: Any) -> None:
 def speed_up_block(block: Any) -> None:
     """Give the parts of a block their inference forms, in place; a part of a kind that is not known stays as it is."""
     fold_layer_scale(block)
-    plain_mlp = type(block.mlp) is Mlp and type(block.mlp.act) is nn.GELU and isinstance(block.mlp.fc1, nn.Linear)
+    linear_parts = all(type(getattr(block.mlp, name, None)) is nn.Linear for name in ("fc1", "fc2"))
+    plain_mlp = type(block.mlp) is Mlp and type(block.mlp.act) is nn.GELU and linear_parts
     knows_residual = type(block.attn) is Attention or getattr(block.attn, "adds_residual", False)
     nothing_between = all(
         isinstance(getattr(block, name), nn.Identity) for name in ("ls1", "ls2", "drop_path1", "drop_path2")

@@ -252,9 +252,11 @@ class PackedAttention(nn.Module):
         """The output projection of some heads: the columns of its weight that are theirs."""
         bias, place = self.proj.bias, 0
         for heads in used:
-            columns = slice(heads.start * self.head_dim, heads.stop * self.head_dim)
+            weight: Tensor = self.proj.weight
+            if len(heads) < self.num_heads:
+                weight = weight[:, heads.start * self.head_dim : heads.stop * self.head_dim]
             part = mixed[:, place : place + len(heads)].flatten(1)
-            residual = linear(part.contiguous(), self.proj.weight[:, columns], bias, residual=residual)
+            residual = linear(part.contiguous(), weight, bias, residual=residual)
             bias, place = None, place + len(heads)
         return residual
 

@@ -314,19 +314,20 @@ def test_take_turns_interleaves_and_rotates():
     assert [len(each) for each in times] == [3, 3, 3]
 
 
-def test_the_second_of_two_short_calls_counts(monkeypatch):
-    now, calls = 0.0, []
+@pytest.mark.parametrize(("settle", "order", "seconds"), [(0.05, "ab" + "aabb" + "bbaa", 0.01), (0.02, "ababba", 0.03)])
+def test_the_second_of_two_calls_counts_where_one_is_short(settle, order, seconds, monkeypatch):
+    now, calls = 0.0, ""
 
-    def run(own: int, again: float) -> None:
-        nonlocal now
-        now += again if calls and calls[-1] == own else 3 * again
-        calls.append(own)
+    def run(name: str, alone: float) -> None:
+        nonlocal now, calls
+        now += alone if calls.endswith(name) else 3 * alone
+        calls += name
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    runs = [partial(run, 0, 0.01), partial(run, 1, 1.0)]
-    times = take_turns(runs, iterations=2, warmup=0, settle=0.05)
-    assert calls == [0, 0, 1, 1, 0, 0], "the long one is called once a turn"
-    assert times[0] == pytest.approx([0.01, 0.01]) and times[1] == pytest.approx([3.0, 1.0])
+    runs = [partial(run, "a", 0.01), partial(run, "b", 1.0)]
+    times = take_turns(runs, iterations=2, warmup=1, settle=settle)
+    assert calls == order
+    assert times[0] == pytest.approx([seconds] * 2) and times[1][0] == pytest.approx(100 * seconds)
 
 
 def test_peak_memory_is_exact_and_repeatable():

@@ -145,6 +145,19 @@ def test_a_deployed_model_keeps_its_layout_when_loaded(tiny_vit, tmp_path):
     assert [parameter.stride() for parameter in leanvit.load(tmp_path / "fast").parameters()] == strides
 
 
+@pytest.mark.parametrize("part", ["fc1", "fc2"])
+def test_linear_layers_of_other_kinds_stay_as_they_are(part, tiny_vit):
+    class Other(nn.Linear):
+        pass
+
+    for block in tiny_vit.blocks:
+        getattr(block.mlp, part).__class__ = Other
+    x = photos(tiny_vit, 2)
+    with torch.inference_mode():
+        expected = tiny_vit(x)
+        assert (leanvit.deploy(leanvit.slim(tiny_vit))(x) - expected).abs().max() < 1e-5
+
+
 @pytest.mark.skipif(not prefers_onednn(torch.bfloat16), reason="this CPU has no bf16 products to keep blocks for")
 def test_a_deployed_model_keeps_no_blocks_of_another_type(tiny_vit):
     fast = leanvit.deploy(leanvit.slim(tiny_vit)).bfloat16()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..attention import project
 from ..count import count, evaluating, random_images
 from ..errors import ConfigError, MethodError
+from ..fast import BlockedLinear
 from ..model import LeanBlock, Tokens
 from ..ops.linear import linear
 from ..packed import PackedAttention, PackedBlock, Policy
@@ -410,7 +411,7 @@ def masked_attention(
     return project(attention, x, mixed.transpose(1, 2).flatten(2))
 
 
-class DecisionLayer(nn.Linear):
+class DecisionLayer(BlockedLinear):
     """A layer whose decisions all start on, whatever the input.
 
     For so few outputs the call of oneDNN's product takes longer than the product: 15 µs where torch's own takes 3. But

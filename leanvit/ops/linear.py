@@ -75,7 +75,9 @@ def blocked(weight: Tensor) -> Tensor:
     """A parameter in the order that oneDNN's product reads it in, for oneDNN alone; kept until the parameter changes.
 
     Otherwise each bf16 product puts the whole weight in that order first, which at batch 1 takes a tenth of DeiT-T's
-    time. It costs the memory of the weight once more. What is no parameter comes back as it is.
+    time. It costs the memory of the weight once more. What is no parameter, or was made in inference mode, comes back
+    as it is. A change that torch does not count goes unseen (``weight.data.mul_()``, or through NumPy): call
+    `forget_blocks` after one.
 
     Args:
         weight: ``(C_out, C_in)``, on the CPU.
