@@ -174,8 +174,8 @@ def peak_memory(run: Callable[[], Any], device: str | torch.device = "cpu") -> i
     Counted at torch's allocator, on the CPU by its profiler as on a GPU by `torch.cuda.max_memory_allocated`:
     every tensor, and what kernels ask torch for; the same figure on every run. Scratch of libraries (inputs
     reordered by oneDNN, say) is not seen. The process's resident size would hold it, but also what the C
-    library keeps for later, which depends on what ran before. `bench` adds the model's weights, in
-    every form that is kept of them, and the batch: its ``peak_memory_mb`` (millions of bytes) is what one forward pass needs.
+    library keeps for later, which depends on what ran before. `bench` adds the model's weights, in every form that
+    is kept of them, and the batch: its ``peak_memory_mb`` (millions of bytes) is what one forward pass needs.
 
     Args:
         run: What to measure; it should have run before, so that what is made once is made.
@@ -218,7 +218,7 @@ class _Runner:
         self.calls += 1
 
     def peak_memory(self) -> int | None:
-        """Bytes that one forward pass needs: what is held, batch, and what it allocates; None where torch cannot tell."""
+        """Bytes that one forward pass needs: held ones, batch, and what it allocates; None where torch cannot tell."""
         held = self.run.held()
         if not held:
             return None
