@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanvit.methods.base import grid_positions
 from leanvit.ops.aggregate import aggregation_weights, cell_centres, partition
@@ -203,3 +204,9 @@ def test_blocks_go_with_their_parameter():
     assert kept() is not None
     del weight
     assert kept() is None
+
+
+def test_no_blocks_are_kept_of_fake_weights():
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.empty(24, 33))
+        assert blocked(weight) is weight

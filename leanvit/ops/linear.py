@@ -82,7 +82,7 @@ def blocked(weight: Tensor) -> Tensor:
     Args:
         weight: ``(C_out, C_in)``, on the CPU.
     """
-    if not isinstance(weight, nn.Parameter) or weight.is_inference():
+    if type(weight) is not nn.Parameter or weight.is_inference():  # a fake tensor, say, has no memory to read
         return weight
     state = (weight.data_ptr(), weight._version, weight.shape, weight.stride())
     found: _Blocked | None = _BLOCKED.get(weight)
