@@ -23,10 +23,9 @@ from torch import Tensor, nn
 import leanvit
 from leanvit.bench import peak_memory, realised_share, take_turns
 from leanvit.count import constant_macs, image_macs
-from leanvit.engines import PRECISIONS
+from leanvit.engines import PRECISIONS, held_by
 from leanvit.measure import environment
 from leanvit.methods.adavit import Decisions, RandomDecisions
-from leanvit.ops.linear import blocks_of
 from leanvit.report.tables import Row, Table
 
 USAGES = {"all on": (1.0, 1.0, 1.0), "0.7/0.7/0.65": (0.7, 0.7, 0.65), "0.5/0.5/0.5": (0.5, 0.5, 0.5)}
@@ -161,8 +160,7 @@ class Drawn:
     def peak_memory(self) -> int:
         for module in self.drawing:
             module.call = 0
-        held = [*self.model.parameters(), *self.model.buffers(), *blocks_of(self.model.parameters()), self.images]
-        return sum(tensor.nbytes for tensor in held) + peak_memory(self.stream)
+        return sum(tensor.nbytes for tensor in [*held_by(self.model), self.images]) + peak_memory(self.stream)
 
 
 if __name__ == "__main__":

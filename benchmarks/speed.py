@@ -1,6 +1,6 @@
 """How fast the deployed forms are, in every engine, against the dense DeiT-T in the same engine and run, turn by turn.
 
-    python benchmarks/speed.py                         the whole grid, about ten minutes
+    python benchmarks/speed.py                         the whole grid, a quarter of an hour
     python benchmarks/speed.py --engine onnxruntime    one engine
 
 Random weights and images: the cost of these methods depends on neither. AdaViT, whose cost does, is in `skipping.py`.

@@ -59,6 +59,11 @@ class Engine(ABC):
     def __call__(self, images: Tensor) -> Any: ...
 
 
+def held_by(model: nn.Module) -> list[Tensor]:
+    """What a torch model holds: its parameters, what is kept of them in another order, and its buffers."""
+    return [*model.parameters(), *blocks_of(model.parameters()), *model.buffers()]
+
+
 class Torch(Engine):
     """torch, operation by operation; weights and images are cast to the precision."""
 
@@ -72,7 +77,7 @@ class Torch(Engine):
         self.model = copy.deepcopy(model).eval().requires_grad_(False).to(device, self.dtype)
 
     def held(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers(), *blocks_of(self.model.parameters())]
+        return held_by(self.model)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:

@@ -86,8 +86,9 @@ def speed_up(model: Any) -> None:
         embed.__class__ = FastPatchEmbed
     for block in model.blocks:
         speed_up_block(block)
-    if type(model.head) is nn.Linear:
-        speed_up_linear(model.head)
+    for head in (model.head, getattr(model, "head_dist", None)):
+        if type(head) is nn.Linear:
+            speed_up_linear(head)
 
 
 def speed_up_block(block: Any) -> None:
@@ -115,7 +116,7 @@ def speed_up_block(block: Any) -> None:
 def speed_up_linear(module: Any) -> None:
     """Give a linear layer its inference form, in place."""
     module.__class__ = FastLinear
-    module.weight = nn.Parameter(column_major(module.weight.detach()))
+    module.weight = nn.Parameter(module.lay_out(module.weight.detach()))
 
 
 @torch.no_grad()

@@ -473,12 +473,12 @@ def deploy(model: nn.Module, *, force: bool = False) -> LeanVisionTransformer:
     return fast.requires_grad_(False)
 
 
-@torch.no_grad()
 def data_dependent(model: nn.Module) -> bool:
     """Whether what a model's deployed form computes, and so its cost, depends on the image."""
     return isinstance(model, LeanModel) and model.lean.data_dependent
 
 
+@torch.no_grad()
 def what_force_changes(model: Any) -> str:
     """What deploying a model before its training is over does to its outputs, measured on a few random images."""
     from .count import evaluating, random_images
