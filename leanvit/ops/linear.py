@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .processor import never_emulated, prefers_onednn
 
@@ -61,14 +61,16 @@ def linear(
 class _Blocked(NamedTuple):
     """A weight in blocks, and what to know it by."""
 
+    owner: weakref.ref[Tensor]
     blocks: Tensor
     state: tuple[Any, ...]
     storage: torch.UntypedStorage
     """The memory it was made from; while this is held, its address is no other tensor's."""
 
 
-_BLOCKED: Any = WeakTensorKeyDictionary()
-"""For each parameter that was multiplied by; an entry goes when the parameter does, and is never copied or saved."""
+_BLOCKED: dict[int, _Blocked] = {}
+"""By the identity of each parameter that was multiplied by; an entry goes when the parameter does, and is never copied
+or saved. A `WeakTensorKeyDictionary` would be the same, and takes longer to look up than a small product."""
 
 
 def blocked(weight: Tensor) -> Tensor:
@@ -85,21 +87,23 @@ def blocked(weight: Tensor) -> Tensor:
     if type(weight) is not nn.Parameter or weight.is_inference():  # a fake tensor, say, has no memory to read
         return weight
     state = (weight.data_ptr(), weight._version, weight.shape, weight.stride())
-    found: _Blocked | None = _BLOCKED.get(weight)
-    if found is None or found.state != state:
+    key = id(weight)
+    found = _BLOCKED.get(key)
+    if found is None or found.state != state or found.owner() is not weight:
         blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        found = _BLOCKED[weight] = _Blocked(blocks, state, weight.untyped_storage())
+        owner = weakref.ref(weight, lambda _: _BLOCKED.pop(key, None))
+        found = _BLOCKED[key] = _Blocked(owner, blocks, state, weight.untyped_storage())
     return found.blocks
 
 
 def forget_blocks(weight: Tensor) -> None:
     """Let go of the blocks that are kept for a parameter, if any."""
-    _BLOCKED.pop(weight, None)
+    _BLOCKED.pop(id(weight), None)
 
 
 def blocks_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The blocks that are kept for some of these parameters."""
-    found = (_BLOCKED.get(parameter) for parameter in parameters)
+    found = (_BLOCKED.get(id(parameter)) for parameter in parameters)
     return [kept.blocks for kept in found if kept is not None]
 
 
@@ -115,9 +119,12 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 def infers_on_cpu(x: Tensor, *others: Tensor) -> bool:
     """Whether a form for inference on a CPU can run on these tensors, now."""
+    dtype = x.dtype
+    for tensor in others:  # this runs before every product, and a generator would take as long as all the rest
+        if tensor.dtype is not dtype:
+            return False
     return (
         x.is_cpu
-        and all(tensor.dtype is x.dtype for tensor in others)
         and not needs_gradient(x, *others)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
