@@ -23,9 +23,7 @@ REPEATS = 3
 WARMUP = 20
 
 
-def per_image(
-    model: nn.Module, data: ImageData, *, device: str | torch.device = "cpu", progress: bool = True
-) -> Table:
+def per_image(model: nn.Module, data: ImageData, *, device: str | torch.device = "cpu", progress: bool = True) -> Table:
     """One row an image: its name, label, prediction, GMACs, and latency in ms at batch 1.
 
     Args:

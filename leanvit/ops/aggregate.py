@@ -24,8 +24,8 @@ def aggregation_weights(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if torch.compiler.is_exporting():  # an engine would copy the scores to transpose them; it transposes factors free
         return (weight.t() @ x.transpose(1, 2) + bias.t()).softmax(dim=-1)
-    first, second = bias.t().expand(len(x), -1, -1), weight.t().expand(len(x), -1, -1)
-    return torch.baddbmm(first, second, x.transpose(1, 2)).softmax(dim=-1)
+    bias, weight = (each.t().expand(len(x), -1, -1) for each in (bias, weight))
+    return torch.baddbmm(bias, weight, x.transpose(1, 2)).softmax(dim=-1)
 
 
 @never_emulated

@@ -61,7 +61,7 @@ def linear(
 class _Blocked(NamedTuple):
     """A weight in blocks, and what to know it by."""
 
-    owner: weakref.ref[Tensor]
+    owner: weakref.ref[nn.Parameter]
     blocks: Tensor
     state: tuple[Any, ...]
     storage: torch.UntypedStorage
