@@ -4,12 +4,14 @@
     python benchmarks/growth.py --img-size 224 --batch-size 1 4 16 64 \\
         --output docs/results/growth_batch --plot docs/images/growth-batch.png
 
-Random weights and images: the cost of the methods named must not depend on the image.
+Random weights and images. AdaViT, whose cost depends on the image, runs with decisions drawn at random, seven in ten to
+go on, new ones in each forward pass.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from leanvit.files import written_whole
 from leanvit.measure import environment
 from leanvit.methods import parse
 from leanvit.report.tables import Row, Table
+from leanvit.usage import at_random
 
-METHODS = ("dgssa:layers=0-5+glad:at=6,8,10", "castling", "pruning:keep=0.7", "merging:r=12")
+METHODS = ("dgssa:layers=0-5+glad:at=6,8,10", "castling", "pruning:keep=0.7", "merging:r=12", "sparsifiner:keep=0.1")
+ADAVIT, USAGE = "adavit, random decisions", (0.7, 0.7, 0.65)
+"""Its name here, and the shares of patches, heads and sub-layers that go on."""
 SIZES = (224, 384, 512, 768, 1024)
 
 
@@ -53,6 +58,7 @@ def at_size(size: int, args: argparse.Namespace) -> list[Row]:
     vit = timm.create_model("deit_tiny_patch16_224", img_size=size).eval()
     models = {"dense": vit, "dense, deployed": leanvit.slim(vit)}
     models |= {text: leanvit.slim(vit, *parse(text)) for text in args.method}
+    models[ADAVIT] = at_random(leanvit.deploy(leanvit.slim(vit, leanvit.AdaViT())), dict.fromkeys(range(12), USAGE))
     options: dict[str, Any] = {"precisions": args.precision, "threads": args.threads, "iterations": args.iterations}
     rows = leanvit.bench(models, batch_sizes=args.batch_size, **options)
     return [{**row, "trained": False} for row in rows]
@@ -63,29 +69,27 @@ def draw(rows: list[Row], path: Path) -> None:
     over, below = "infer_img_size", "side of the image, px"
     if len({row["infer_batch_size"] for row in rows}) > 1:
         over, below = "infer_batch_size", "images a batch"
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     names = list(dict.fromkeys(row["model"] for row in rows))
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
-    for axis, key, label in zip(
-        axes, ("infer_step_time", "peak_memory_mb"), ("time of a batch, ms", "peak memory, MB"), strict=True
+    shape = len(precisions), 2
+    figure, axes = plt.subplots(*shape, figsize=(11, 4 * shape[0]), layout="constrained", squeeze=False, sharex=True)
+    columns = (("infer_step_time", "time of a batch, ms"), ("peak_memory_mb", "peak memory, MB"))
+    for (row_of_axes, precision), (place, (key, label)) in product(
+        zip(axes, precisions, strict=True), enumerate(columns)
     ):
+        axis = row_of_axes[place]
         for colour, name in enumerate(names):
-            for precision, style in zip(precisions, ("-o", "--s", ":^"), strict=False):
-                points = [row for row in rows if (row["model"], row["precision"]) == (name, precision)]
-                axis.plot(
-                    [row[over] for row in points],
-                    [row[key] for row in points],
-                    style,
-                    color=f"C{colour}",
-                    label=f"{name}, {precision}",
-                    markersize=4,
-                )
-        axis.set(xscale="log", yscale="log", xlabel=below, ylabel=label)
+            points = [row for row in rows if (row["model"], row["precision"]) == (name, precision)]
+            values = [row[over] for row in points], [row[key] for row in points]
+            axis.plot(*values, "-o", color=f"C{colour}", label=name, markersize=4)
+        axis.set(xscale="log", yscale="log", ylabel=label, title=precision)
         steps = sorted({row[over] for row in rows})
         axis.set_xticks(steps, [str(step) for step in steps])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    for axis in axes[-1]:
+        axis.set_xlabel(below)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         figure.savefig(part, format="png", dpi=120)
