@@ -11,7 +11,6 @@ go on, new ones in each forward pass.
 from __future__ import annotations
 
 import argparse
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -69,30 +68,33 @@ def draw(rows: list[Row], path: Path) -> None:
     over, below = "infer_img_size", "side of the image, px"
     if len({row["infer_batch_size"] for row in rows}) > 1:
         over, below = "infer_batch_size", "images a batch"
-    names = list(dict.fromkeys(row["model"] for row in rows))
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
     shape = len(precisions), 2
     figure, axes = plt.subplots(*shape, figsize=(11, 4 * shape[0]), layout="constrained", squeeze=False, sharex=True)
-    columns = (("infer_step_time", "time of a batch, ms"), ("peak_memory_mb", "peak memory, MB"))
-    for (row_of_axes, precision), (place, (key, label)) in product(
-        zip(axes, precisions, strict=True), enumerate(columns)
-    ):
-        axis = row_of_axes[place]
-        for colour, name in enumerate(names):
-            points = [row for row in rows if (row["model"], row["precision"]) == (name, precision)]
-            values = [row[over] for row in points], [row[key] for row in points]
-            axis.plot(*values, "-o", color=f"C{colour}", label=name, markersize=4)
-        axis.set(xscale="log", yscale="log", ylabel=label, title=precision)
-        steps = sorted({row[over] for row in rows})
-        axis.set_xticks(steps, [str(step) for step in steps])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
+    for pair, precision in zip(axes, precisions, strict=True):
+        points = [row for row in rows if row["precision"] == precision]
+        draw_panel(pair[0], points, over, "infer_step_time")
+        draw_panel(pair[1], points, over, "peak_memory_mb")
+        pair[0].set(title=precision, ylabel="time of a batch, ms")
+        pair[1].set(title=precision, ylabel="peak memory, MB")
     for axis in axes[-1]:
         axis.set_xlabel(below)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         figure.savefig(part, format="png", dpi=120)
+
+
+def draw_panel(axis: Any, rows: list[Row], over: str, key: str) -> None:
+    """One line a model."""
+    for name in dict.fromkeys(row["model"] for row in rows):
+        points = [(row[over], row[key]) for row in rows if row["model"] == name]
+        axis.plot(*zip(*points, strict=True), "-o", label=name, markersize=4)
+    axis.set(xscale="log", yscale="log")
+    steps = sorted({row[over] for row in rows})
+    axis.set_xticks(steps, [str(step) for step in steps])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
 
 
 if __name__ == "__main__":
