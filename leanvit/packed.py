@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -45,14 +45,24 @@ class Policy:
         """How many tokens of each image take part."""
         return self.keep.sum(dim=1).tolist()
 
-    def running(self, sublayer: int) -> list[int]:
-        """The images that the attention (0) or the MLP (1) runs for."""
-        return [image for image, row in enumerate(self.sublayers) if row[sublayer] and self.lengths[image]]
+    @cached_property
+    def images(self) -> list[int]:
+        """The images that anything runs for: first those with attention, with the same heads side by side."""
+        some = [image for image, row in enumerate(self.sublayers) if any(row) and self.lengths[image]]
+        return sorted(some, key=lambda image: (not self.sublayers[image][0], self.heads[image], self.lengths[image]))
 
-    def whole(self, images: Sequence[int]) -> bool:
-        """Whether these are all images in order, and all of their tokens take part."""
+    @cached_property
+    def groups(self) -> list[tuple[Heads, list[int]]]:
+        """Heads, and the lengths of the images that use them; for the images with attention, in order."""
+        attending = (image for image in self.images if self.sublayers[image][0])
+        alike = groupby(attending, key=lambda image: self.heads[image])
+        return [(heads, [self.lengths[image] for image in some]) for heads, some in alike]
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether something runs for every image, in order, and all tokens take part."""
         batch, tokens = self.keep.shape
-        return len(images) == batch and min(self.lengths) == tokens
+        return min(self.lengths) == tokens and self.images == list(range(batch))
 
     def offer(self, layer: int, prefix: int, heads: int) -> None:
         """Offer to the recorder which patches ``(B, M)``, heads ``(B, H)`` and sub-layers ``(B, 2)`` are used."""
@@ -78,46 +88,62 @@ class PackedBlock(LeanBlock):
         policy: Policy = self.decide.policy(normed, tokens.prefix)
         policy.offer(self.decide.layer, tokens.prefix, self.decide.heads)
         offer("macs", self.decide.layer, lambda: self.macs(policy, tokens.prefix))
-        x = tokens.x.flatten(0, 1)  # (B·N, C)
-        x = self._attend(x, normed.flatten(0, 1), policy, None if tokens.size is None else tokens.size.flatten())
-        x = self._transform(x, policy)
+        x = self._run(tokens.x.flatten(0, 1), normed.flatten(0, 1), policy, tokens.size)
         return tokens.with_x(x.view_as(tokens.x))
+
+    def _run(self, x: Tensor, normed: Tensor, policy: Policy, size: Tensor | None) -> Tensor:
+        """Both sub-layers, added to the tokens that take part: ``(B·N, C)``, with all of them or the packed ones."""
+        if not policy.images:
+            return x
+        rows = None if policy.whole else self._rows(policy)
+        packed = x if rows is None else x.index_select(0, rows)
+        if policy.groups:
+            if size is not None:
+                size = size.flatten() if rows is None else size.flatten().index_select(0, rows)
+            packed = self._attend(packed, normed if rows is None else normed.index_select(0, rows), policy, size)
+        packed = self._transform(packed, policy)
+        if rows is None:
+            return packed
+        total = sum(policy.lengths[image] for image in policy.images)
+        return x.index_copy(0, rows[:total], packed[:total])
+
+    def _rows(self, policy: Policy) -> Tensor:
+        """Places of the tokens that take part, and a few more, since products take a few rows more than a group has.
+
+        Those are the next group's, and their results are dropped.
+        """
+        rows = packed_rows(policy.keep, policy.images)
+        ends = [0, *accumulate(sum(lengths) for _, lengths in policy.groups)]
+        needed = [rounded_up(len(rows)), *(start + rounded_up(end - start) for start, end in pairwise(ends))]
+        return nn.functional.pad(rows, (0, max(needed) - len(rows)))
 
     def _attend(self, x: Tensor, normed: Tensor, policy: Policy, size: Tensor | None) -> Tensor:
         """Attention, added to the tokens that take part; images that use the same heads go together."""
-        heads, lengths = policy.heads, policy.lengths
-        images = sorted(policy.running(0), key=lambda image: (heads[image], lengths[image]))
-        groups = [(used, [lengths[image] for image in some]) for used, some in groupby(images, lambda i: heads[i])]
-        if not groups:
-            return x
-        if len(groups) == 1 and policy.whole(images):
-            return self.attn(normed, x, *groups[0], policy.keep.shape[1], size)
-        x = x.clone()
-        ends = list(accumulate(sum(some) for _, some in groups))
-        rows = packed_rows(policy.keep, images)
-        # Products take a few rows more than a group has: they are the next group's, and their results are dropped.
-        spare = max(end - sum(some) + rounded_up(sum(some)) for end, (_, some) in zip(ends, groups, strict=True))
-        rows = nn.functional.pad(rows, (0, spare - ends[-1]))
-        inputs, residual = normed.index_select(0, rows), x.index_select(0, rows)
-        size = None if size is None else size.index_select(0, rows)
-        for end, (used, some) in zip(ends, groups, strict=True):
-            start = end - sum(some)
-            part = slice(start, start + rounded_up(sum(some)))
-            own_size = None if size is None else size[part]
-            mixed = self.attn(inputs[part], residual[part], used, some, policy.keep.shape[1], own_size)
-            x.index_copy_(0, rows[start:end], mixed[: end - start])
-        return x
+        groups, tokens = policy.groups, policy.keep.shape[1]
+        if len(groups) == 1 and len(groups[0][1]) == len(policy.images):
+            return self.attn(normed, x, *groups[0], tokens, size)
+        out, start = x.clone() if policy.whole else x, 0  # packed ones are a copy already
+        for heads, lengths in groups:
+            end = start + sum(lengths)
+            part = slice(start, start + rounded_up(end - start))
+            mixed = self.attn(normed[part], x[part], heads, lengths, tokens, None if size is None else size[part])
+            out[start:end] = mixed[: end - start]
+            start = end
+        return out
 
     def _transform(self, x: Tensor, policy: Policy) -> Tensor:
         """The MLP, added to the tokens that take part."""
-        images = policy.running(1)
-        if not images:
-            return x
-        if policy.whole(images):
+        runs = [policy.sublayers[image][1] for image in policy.images]
+        if all(runs):
             return self.feed(x)
-        total = sum(policy.lengths[image] for image in images)
-        rows = nn.functional.pad(packed_rows(policy.keep, images), (0, rounded_up(total) - total))
-        return x.index_copy(0, rows[:total], self.feed(x.index_select(0, rows))[:total])
+        if not any(runs):
+            return x
+        lengths = torch.tensor([policy.lengths[image] for image in policy.images], device=x.device)
+        rows = torch.tensor(runs, device=x.device).repeat_interleave(lengths).nonzero().squeeze(1)
+        total = len(rows)
+        rows = nn.functional.pad(rows, (0, rounded_up(total) - total))
+        out = x.clone() if policy.whole else x
+        return out.index_copy_(0, rows[:total], self.feed(x.index_select(0, rows))[:total])
 
     def feed(self, x: Tensor) -> Tensor:
         if isinstance(self.mlp, FastMlp):

@@ -58,4 +58,4 @@ def _forms_the_map(q: Tensor) -> bool:
     if not has_bf16():
         return False
     batch, heads, tokens, _ = q.shape
-    return batch * tokens >= 128 and heads * tokens**2 * q.element_size() <= LARGEST
+    return batch * tokens >= 256 and heads * tokens**2 * q.element_size() <= LARGEST
