@@ -106,15 +106,16 @@ class DrawnBefore(RandomDecisions):
     def draw_all(self, batch: int, calls: int) -> None:
         """Draw what the next calls will decide."""
         shapes = zip(self.rates, (196, self.heads, 2), strict=True)
-        kinds = [rate - torch.rand(calls, batch, count, generator=self.generator) for rate, count in shapes]
-        self.ready = list(zip(*kinds, strict=True))
+        patches, heads, sublayers = (
+            rate - torch.rand(calls, batch, count, generator=self.generator) for rate, count in shapes
+        )
+        self.ready = list(zip(patches, torch.cat([heads, sublayers], dim=2), strict=True))
         self.call = 0
 
-    def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None]:
         Decisions.logits(self, x, prefix)
         self.call += 1
-        patches, heads, sublayers = self.ready[self.call - 1]
-        return patches, heads, sublayers
+        return self.ready[self.call - 1]
 
 
 def trimmed_mean(seconds: list[float]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -28,6 +29,8 @@ from .base import LeanModule, Method, Plan
 if TYPE_CHECKING:
     from ..model import LeanVisionTransformer
 
+MANY = 512
+"""Rows from which on oneDNN's product is worth its call."""
 START = 3.0
 """Logit of every decision before training: on in 95 of 100 draws, and always without noise."""
 
@@ -213,18 +216,15 @@ class Decisions(LeanModule):
         self.register_buffer("begin", torch.ones(3))
         self.register_buffer("progress", torch.zeros(()), persistent=False)
 
-    def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Logits of patches ``(B, M)``, heads ``(B, H)`` and sub-layers ``(B, 2)``; None where all are on.
+    def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None]:
+        """Logits of patches ``(B, M)``, and of what is decided for an image as a whole: heads, then sub-layers.
 
         Args:
             x: The block's normed input, ``(B, P + M, C)``.
             prefix: P; without a class token, the mean of the patches stands for the image.
         """
         patches = None if self.patch is None else self.patch(x[:, prefix:]).squeeze(-1)
-        if self.image is None:
-            return patches, None, None
-        heads, sublayers = self.image(self.image_token(x, prefix)).split(self.split, dim=-1)
-        return patches, heads if self.split[0] else None, sublayers if self.split[1] else None
+        return patches, None if self.image is None else self.image(self.image_token(x, prefix))
 
     def image_token(self, x: Tensor, prefix: int) -> Tensor:
         """What stands for an image: the class token or, without one, the mean of the patches; ``(B, C)``."""
@@ -245,24 +245,26 @@ class Decisions(LeanModule):
     def policy(self, x: Tensor, prefix: int) -> Policy:
         """What takes part, as the deployed form asks: prefix tokens always do, attention without a head is off."""
         batch, tokens, _ = x.shape
-        patches, heads, sublayers = (
-            None if logits is None else logits > self.threshold for logits in self.logits(x, prefix)
-        )
+        patches, image = self.logits(x, prefix)
         keep = x.new_ones(batch, tokens, dtype=torch.bool)
         if patches is not None:
-            keep[:, prefix:] = patches
-        used = [list(range(self.heads))] * batch if heads is None else [_on(row) for row in heads.tolist()]
-        running = [[True, True] for _ in used] if sublayers is None else sublayers.tolist()
+            keep[:, prefix:] = patches > self.threshold
+        on: list[list[bool]] = [[]] * batch if image is None else (image > self.threshold).tolist()
+        heads, sublayers = self.split
+        used = [tuple(compress(range(self.heads), row)) if heads else tuple(range(self.heads)) for row in on]
+        running = [row[heads:] if sublayers else [True, True] for row in on]
         for some, row in zip(used, running, strict=True):
             row[0] &= bool(some) or self.config.partial
-        return Policy(keep, [tuple(some) for some in used], running)
+        return Policy(keep, used, running)
 
     def draw(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
         """Patches ``(B, M)``, heads ``(B, H)`` and sub-layers ``(B, 2)``: 1 where used, with a gradient in training."""
         batch, tokens, _ = x.shape
+        patches, image = self.logits(x, prefix)
+        heads, sublayers = (None, None) if image is None else image.split(self.split, dim=1)
         patches, heads, sublayers = (
-            x.new_ones(batch, count) if logits is None else self._decide(logits).to(x.dtype)
-            for logits, count in zip(self.logits(x, prefix), (tokens - prefix, self.heads, 2), strict=True)
+            x.new_ones(batch, count) if logits is None or not logits.shape[1] else self._decide(logits).to(x.dtype)
+            for logits, count in zip((patches, heads, sublayers), (tokens - prefix, self.heads, 2), strict=True)
         )
         return patches, heads, self._without_heads(heads, sublayers)
 
@@ -334,12 +336,17 @@ class RandomDecisions(Decisions):
         decisions.__class__ = cls
         decisions.rates, decisions.generator = rates, generator
 
-    def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        patches, heads, sublayers = (
-            None if logits is None else self.threshold + rate - torch.rand(logits.shape, generator=self.generator)
-            for logits, rate in zip(super().logits(x, prefix), self.rates, strict=True)
-        )
-        return patches, heads, sublayers
+    def logits(self, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None]:
+        patches, image = super().logits(x, prefix)
+        if patches is not None:
+            patches = self._drawn(patches.shape, self.rates[0])
+        if image is not None:
+            parts = zip(self.split, self.rates[1:], strict=True)
+            image = torch.cat([self._drawn((len(x), count), rate) for count, rate in parts if count], dim=1)
+        return patches, image
+
+    def _drawn(self, shape: Sequence[int], rate: float | Tensor) -> Tensor:
+        return self.threshold + rate - torch.rand(shape, generator=self.generator)
 
 
 class AdaptiveBlock(LeanBlock):
@@ -414,22 +421,17 @@ def masked_attention(
 class DecisionLayer(BlockedLinear):
     """A layer whose decisions all start on, whatever the input.
 
-    For so few outputs the call of oneDNN's product takes longer than the product: 15 µs where torch's own takes 3. But
-    in bf16, from a dozen rows on, that one is slower.
+    For so few outputs the call of oneDNN's product takes longer than the product; up to some rows torch's is faster.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype is torch.bfloat16 and input.shape[:-1].numel() > 8:
+        if input.shape[:-1].numel() > MANY:
             return linear(input, self.weight, self.bias)
         return super().forward(input)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
         nn.init.constant_(self.bias, START)
-
-
-def _on(row: list[bool]) -> list[int]:
-    return [index for index, on in enumerate(row) if on]
 
 
 def _stacked(records: list[Record]) -> Tensor:
