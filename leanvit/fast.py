@@ -64,8 +64,9 @@ class FastPatchEmbed(PatchEmbed):
         divides = height % rows == 0 and width % columns == 0
         if not divides or self.img_size != (height, width) or not infers_on_cpu(x, self.proj.weight):
             return super().forward(x)  # cropped, padded or refused there
-        patches = x.reshape(batch, channels, height // rows, rows, width // columns, columns).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(batch, -1, channels * rows * columns)  # (B, h·w, 3·p·p)
+        down, across = height // rows, width // columns
+        patches = x.reshape(batch, channels, down, rows, across, columns).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(batch, down * across, channels * rows * columns)  # (B, h·w, 3·p·p)
         return self.norm(linear(patches, self.proj.weight.flatten(1), self.proj.bias))
 
 

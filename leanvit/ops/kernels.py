@@ -42,6 +42,8 @@ def compiled(compile_kernel: Callable[..., Any], width: int, notice: str) -> Any
 
 def run(stage: Any, fields: np.ndarray[Any, Any], tasks: int) -> None:
     """Let as many threads as there is work for run a compiled function, each with the address of `fields`."""
+    if not tasks:
+        return
     threads = min(torch.get_num_threads(), tasks)
     together = openmp() if threads > 1 else None
     if threads == 1:
