@@ -48,9 +48,9 @@ def attention_received(q: Tensor, k: Tensor, size: Tensor | None = None) -> Tens
         return _maps(q, k, size).mean(dim=(1, 2))
     _, heads, tokens, _ = q.shape
     images = max(1, int(SLICE / (heads * tokens**2 * 4)))
-    sizes = [None] * -(-q.shape[0] // images) if size is None else size.split(images)
-    parts = zip(q.split(images), k.split(images), sizes, strict=True)
-    return torch.cat([_maps(*part).mean(dim=(1, 2)) for part in parts])
+    some_q, some_k = q.split(images), k.split(images)
+    sizes = [None] * len(some_q) if size is None else size.split(images)
+    return torch.cat([_maps(*part).mean(dim=(1, 2)) for part in zip(some_q, some_k, sizes, strict=True)])
 
 
 def _maps(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
