@@ -139,6 +139,10 @@ class ImageData(Dataset[tuple[Tensor, int] | None]):
         return label
 
 
+class NoSplitError(DataError):
+    """A folder does not hold the split asked for."""
+
+
 def open_data(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -211,7 +215,10 @@ def open_held_out(
     if val_split is None:
         if train_split is not None or path.startswith(("wds/", "hfds/")):
             return None
-        halves = (open_data(path, training=training, class_map=class_map) for training in (True, False))
+        try:
+            halves = [open_data(path, training=training, class_map=class_map) for training in (True, False)]
+        except NoSplitError:
+            return None
         if len({half.reader.filename(0, absolute=True) for half in halves}) == 1:
             return None
     return open_data(path, model, split=val_split, class_map=class_map)
@@ -429,7 +436,7 @@ def _find_split(root: Path, split: str | None, training: bool) -> Path:
     for name in wanted:
         if (root / name).exists():
             return root / name
-    raise DataError(f"{root} has no split {wanted[0]!r}; it holds {_some(inside) or 'none'}")
+    raise NoSplitError(f"{root} has no split {wanted[0]!r}; it holds {_some(inside) or 'none'}")
 
 
 def _open_local(path: Path, class_map: ClassMap) -> ImageReader:

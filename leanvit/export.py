@@ -175,6 +175,8 @@ def metadata(model: nn.Module, class_names: Sequence[str] | None = None) -> dict
     config = data_config(model)
     classes: int = model.num_classes  # type: ignore[assignment]
     names = list(class_names or known_classes(model))
+    if class_names is None and len(names) != classes:  # of the head it had before
+        names = []
     if not names and classes == 1000:
         names = ImageNetInfo("imagenet-1k").label_names()
     if names and len(names) != classes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -320,10 +321,13 @@ class LeanModel:
 
     lean: LeanInfo
     blocks: Any
+    stopped: frozenset[str] = frozenset()
+    """Names of inherited parameters that a method keeps from training for now."""
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The tokens that are left after the last block, normalised: ``(B, P + M, C)``."""
         _refuse_mask(attn_mask, is_causal)
+        self._check_grid(x)
         return super().forward_features(x)  # type: ignore[misc, no-any-return]
 
     def forward_tokens(self, x: Tensor, track: bool = False) -> Tokens:
@@ -334,6 +338,7 @@ class LeanModel:
             track: Keep which patches each token stands for (`Tokens.source`).
         """
         last: list[Tokens] = []
+        self._check_grid(x)
 
         def blocks(embedded: Tensor) -> Tensor:
             last.append(self.blocks.run(self.blocks.tokens(embedded, track)))
@@ -346,8 +351,21 @@ class LeanModel:
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's own, with maps on the full grid: removed or aggregated tokens put back in their places."""
         _refuse_mask(kwargs.get("attn_mask"), kwargs.get("is_causal", False))
+        self._check_grid(x)
         walk = with_blocks(self, self.blocks.steps())
         return super(LeanModel, walk).forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_grid(self, x: Tensor) -> None:
+        """Refuse images of as many patches as the methods know, but otherwise arranged; other numbers show later."""
+        if not self.dynamic_img_size or not any(method.positional for method in self.lean.methods):  # type: ignore[attr-defined]
+            return
+        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])  # type: ignore[attr-defined]
+        if grid != self.blocks.grid and math.prod(grid) == math.prod(self.blocks.grid):
+            (rows, columns), (known_rows, known_columns) = grid, self.blocks.grid
+            raise InputSizeError(
+                f"images of {rows}×{columns} patches, and {self.lean} knows a grid of {known_rows}×{known_columns}; "
+                "call set_input_size() for another image size"
+            )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass, block by block."""
@@ -364,8 +382,23 @@ class LeanModel:
             for module in block.lean_modules():
                 module.check_grid(grid)
         super().set_input_size(img_size=img_size, patch_size=patch_size)  # type: ignore[misc]
-        self.lean = replace(self.lean, methods=tuple(method.resized(self.blocks.grid) for method in self.lean.methods))
-        self.blocks.resize(self.patch_embed.grid_size)  # type: ignore[attr-defined]
+        methods = tuple(method.resized(self.blocks.grid, grid) for method in self.lean.methods)
+        self.lean = replace(self.lean, methods=methods)
+        self.blocks.resize(grid)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's own. The new head is none of the dense model's weights: it is trained as what is new is."""
+        super().reset_classifier(num_classes, global_pool)  # type: ignore[misc]
+        left = self.state_dict()  # type: ignore[attr-defined]
+        inherited = {
+            key: digest
+            for key, digest in self.lean.digests.items()
+            if key.startswith("blocks.") or (key in left and not key.startswith(HEADS))
+        }
+        self.lean = replace(self.lean, digests=inherited)
+        for block in self.blocks:
+            for module in block.lean_modules():
+                module.set_pooling(classifies_by_class_token(self))
 
     def _grid_of(self, img_size: Any, patch_size: Any) -> Grid:
         patches = self.patch_embed  # type: ignore[attr-defined]
@@ -408,6 +441,15 @@ _LEAN_CLASSES: dict[type, type] = {
     VisionTransformerDistilled: LeanVisionTransformerDistilled,
 }
 _DENSE_CLASSES = {lean: dense for dense, lean in _LEAN_CLASSES.items()}
+
+
+HEADS = ("head.", "head_dist.")
+"""What the state-dict keys of the classifier start with."""
+
+
+def classifies_by_class_token(model: Any) -> bool:
+    """Whether the class token alone is what is classified."""
+    return model.cls_token is not None and model.global_pool == "token"
 
 
 def slim(model: nn.Module, *methods: Method, images: ImageSource | None = None) -> LeanVisionTransformer:

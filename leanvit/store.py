@@ -26,6 +26,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .errors import CheckpointError, ConfigError, InputSizeError, LeanVitError, UnsupportedModelError
+from .model import HEADS
 
 FORMAT_VERSION = 1
 """Of the ``leanvit`` part of ``config.json``; what is newer than the reader is refused."""
@@ -320,7 +321,7 @@ def _check_describable(model: VisionTransformer) -> None:
         again = timm.create_model(architecture, **model_arguments(model)).state_dict()
     own = model.state_dict()
     lean = getattr(model, "lean", None)
-    dense_keys = own.keys() if lean is None else lean.digests.keys()
+    dense_keys = own.keys() if lean is None else lean.digests.keys() | {key for key in own if key.startswith(HEADS)}
     differing = (dense_keys ^ again.keys()) | {
         key for key in own.keys() & again.keys() if own[key].shape != again[key].shape
     }
@@ -335,12 +336,13 @@ def model_arguments(model: VisionTransformer) -> dict[str, Any]:
     """The arguments of `timm.create_model` for the dense model: what timm noted and what the model shows."""
     noted = getattr(model, "_model_args", {})
     heads = [block.attn.num_heads for block in model.blocks if hasattr(block.attn, "num_heads")]
+    rows, columns = model.patch_embed.patch_size
     return {
         # Drop rates belong to the training, not to the model.
         **{key: value for key, value in noted.items() if not key.endswith(("drop_rate", "drop_path_rate"))},
         **({"num_heads": heads[0]} if heads else {}),
         "img_size": model.patch_embed.img_size,
-        "patch_size": model.patch_embed.patch_size[0],
+        "patch_size": rows if rows == columns else (rows, columns),
         "in_chans": model.patch_embed.proj.in_channels,
         "num_classes": model.num_classes,
         "global_pool": model.global_pool,

@@ -158,6 +158,7 @@ class _Training:
         self.total_updates = config.epochs * self.updates_per_epoch
         if not has_bf16(self.accelerator.device.type):
             _muon_in_fp32()
+        _set_progress(model, 1.0)  # what a method keeps from training at first is for the optimiser, too
         optimizer = _optimizer(model, config)
         self.schedule = _schedule(optimizer, config, self.updates_per_epoch)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
@@ -428,8 +429,8 @@ def _open_both(
             if isinstance(val_data, Dataset)
             else open_data(val_data, model, split=config.val_split, class_map=config.class_map)
         )
-    for dataset in filter(None, (training, held_out)):
-        if not hasattr(dataset, "__len__") or not len(dataset):
+    for dataset in (training, held_out):
+        if dataset is not None and not (hasattr(dataset, "__len__") and len(dataset)):
             raise ConfigError(f"{type(dataset).__name__} is empty or has no length; training must know how long it is")
     return training, held_out
 

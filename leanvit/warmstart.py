@@ -89,9 +89,12 @@ def warm_start(
         How each block came out; blocks in front of the first change are left out.
 
     Raises:
-        ConfigError: The models do not belong together, or there are too few images.
+        ConfigError: The models do not belong together or compute in float16, there are too few images, or an error is
+            not finite.
     """
     check_pair(lean, vit)
+    if vit.patch_embed.proj.weight.dtype is torch.float16:
+        raise ConfigError("the warm start in float16: small gradients would vanish; use float() or bfloat16()")
     if steps < 0 or batch_size < 1 or lr <= 0 or not 0 <= prefix_weight <= 1:
         raise ConfigError(
             "warm start needs steps >= 0, batch_size >= 1, lr > 0 and prefix_weight in [0, 1]; got "
@@ -194,6 +197,9 @@ def _embed(
         embed.forward_features(batch.to(vit.patch_embed.proj.weight))
     if sum(len(tokens.x) for tokens in batches) < 2:
         raise ConfigError("the warm start needs at least 2 images, better a few hundred")
+    if len(batches) > 1 and len(batches[-1].x) == 1:  # it may be held out, and one image is no measure
+        last = torch.cat([tokens.x for tokens in batches[-2:]])
+        batches[-2:] = [lean.blocks.tokens(last, track=True)]
     return _Features(batches)
 
 
@@ -209,8 +215,10 @@ class _Regression:
     def fit(self, index: int, block: LeanBlock, features: _Features) -> BlockFit:
         """Fit one block; put it back where the held-out error does not fall."""
         fit, held_out = features.pairs()
-        error = _Error(held_out, self.prefix_weight)
+        error = _Error([*fit, *held_out], self.prefix_weight)
         before = error.mean(block, held_out)
+        if not math.isfinite(before):
+            raise ConfigError(f"the warm start of block {index}: its error is {before} before anything is fitted")
         if before < EXACT:
             return BlockFit(index, before, before, False)
         start = copy.deepcopy(block.state_dict())

@@ -70,6 +70,17 @@ def test_macs_of_an_image_are_those_of_the_operations_that_run(usage, model, par
         assert image_macs(found, constant).tolist() == [leanvit.count(fast, images=image).macs]
 
 
+def test_rows_that_belong_to_no_image_give_no_gradient():
+    _, fast, _ = drawn(USAGES["mixed"])
+    images = photos(fast, 5).requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        (gradient,) = torch.autograd.grad(fast(images).sum(), images)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("rows", [1, 7, 8, 100, 197, 1000, 6304])
 def test_few_rows_are_added(rows):
     assert rows <= rounded_up(rows) <= max(rows * 17 / 16, rows + 7)

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from leanvit import data
-from leanvit.data import data_config, image_batches, loader, open_data, report_damage
+from leanvit.data import data_config, image_batches, loader, open_data, open_held_out, report_damage
 from leanvit.errors import ConfigError, DataError
 
 
@@ -176,6 +176,7 @@ class TestSplits:
         root = make_folder(name="root/train").parent
         with pytest.raises(DataError, match="has no split 'val'; it holds train"):
             open_data(root)
+        assert open_held_out(str(root)) is None
 
 
 class TestClasses:

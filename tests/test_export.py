@@ -15,7 +15,7 @@ import leanvit
 from leanvit import export as export_function
 from leanvit.cli import app
 from leanvit.engines import OnnxFile, has_graph
-from leanvit.export import FORMATS, sample_photos
+from leanvit.export import FORMATS, metadata, sample_photos
 from leanvit.methods import parse
 
 from .contract import CASES, METHODS, Case, photos, small_vit
@@ -87,6 +87,14 @@ def test_metadata_holds_preprocessing_and_classes(tmp_path):
     assert json.loads(kept["input_size"]) == [3, 32, 32] and json.loads(kept["mean"]) == [0.5, 0.5, 0.5]
     assert kept["interpolation"] == "bicubic" and kept["architecture"] == "vit_tiny_patch16_224"
     assert kept["producer"] == f"leanvit {leanvit.__version__}"
+
+
+def test_names_of_a_head_that_is_gone_are_not_written(tmp_path):
+    named = leanvit.load(leanvit.save(small_vit(), tmp_path / "x", class_names=[f"c{index}" for index in range(10)]))
+    lean = leanvit.slim(named, leanvit.GLAD(at=(2,)))
+    assert json.loads(metadata(lean)["class_names"])[9] == "c9"
+    lean.reset_classifier(3)
+    assert json.loads(metadata(lean)["class_names"]) == []
 
 
 def test_a_program_runs_without_leanvit_s_classes(tmp_path):

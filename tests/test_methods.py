@@ -223,6 +223,27 @@ def test_static_matrices_on_a_coarse_grid_cost_less_and_train():
     assert lean.blocks[0].attn.logits.grad.abs().sum() > 0
 
 
+@torch.no_grad()
+def test_static_matrices_on_a_grid_finer_than_the_tokens_stay_finite():
+    vit = small_vit()
+    lean = leanvit.slim(vit, *parse("dgssa:layers=0,grid=14"))
+    images = photos(vit, 8)
+    leanvit.warm_start(lean, vit, images, steps=0, progress=False)
+    usual = leanvit.slim(vit, *parse("dgssa:layers=0"))
+    leanvit.warm_start(usual, vit, images, steps=0, progress=False)
+    assert (lean(images) - usual(images)).std() < 0.5 * lean(images).std()  # 14 is no multiple of 4: not the same
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_a_coarse_grid_runs_in_the_type_it_was_saved_in(deployed, dtype, tmp_path):
+    lean = leanvit.slim(small_vit(img_size=64), *parse("dgssa:layers=0,1,grid=4"))
+    model = (leanvit.deploy(lean) if deployed else lean).to(dtype)
+    images = torch.randn(2, 3, 64, 64).to(dtype)
+    assert torch.equal(leanvit.load(leanvit.save(model, tmp_path / "x")).eval()(images), model(images))
+
+
 @pytest.mark.parametrize(("width", "heads", "depth"), [(48, 3, 4), (96, 4, 6)])
 def test_macs_equal_the_formulas(width, heads, depth):
     """A static block costs 2·N·C² + N²·C, a stage of GLAD 2·N·C·M, the MLP 8·N·C²."""

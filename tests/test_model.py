@@ -12,6 +12,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 import leanvit
+from leanvit.methods import parse
 from leanvit.model import LeanBlocks
 from leanvit.ops.linear import blocks_of
 from leanvit.ops.processor import prefers_onednn
@@ -52,6 +53,20 @@ def test_the_number_of_classes_can_be_reset(tiny_vit):
     lean = leanvit.slim(tiny_vit, leanvit.GLAD(at=(2,)))
     lean.reset_classifier(3)
     assert lean(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    assert {"head.weight", "head.bias"} <= lean.new_parameter_names()  # and trained at the rate of what is new
+    assert leanvit.restore(lean).head.out_features == 3
+
+
+@pytest.mark.parametrize("methods", ["dgssa:layers=0", "glad:at=2", "castling:kernel=3", "sparsifiner:keep=0.5"])
+def test_as_many_patches_on_another_grid_are_refused(methods):
+    lean = leanvit.slim(small_vit(img_size=(32, 64), dynamic_img_size=True), *parse(methods))
+    upright = torch.randn(1, 3, 64, 32)
+    for model in (lean, leanvit.deploy(lean, force=True)):
+        for call in (model, model.forward_tokens, model.forward_intermediates):
+            with pytest.raises(leanvit.InputSizeError, match=r"images of 8×4 patches, and .* a grid of 4×8; call set_"):
+                call(upright)
+    lean.set_input_size((64, 32))
+    assert lean(upright).shape == (1, 10)
 
 
 def test_two_walks_at_a_time_do_not_meet(tiny_vit):

@@ -79,6 +79,14 @@ def test_attention_received_is_the_same_in_slices(sized, monkeypatch):
         assert torch.allclose(ops.attention_received(q, k, size), maps.mean((1, 2)), atol=1e-6)
 
 
+def test_another_pooling_changes_what_scores_the_tokens():
+    lean = leanvit.slim(small_vit(), leanvit.TokenPruning(at=(1,), keep=0.5))
+    lean.reset_classifier(10, global_pool="avg")
+    again = leanvit.slim(leanvit.restore(lean), leanvit.TokenPruning(at=(1,), keep=0.5))
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(lean(images), again(images))
+
+
 def test_the_fused_token_teaches_the_scores():
     """Which tokens stay has no gradient; how much each counts in the fused one has."""
     vit = small_vit(depth=2)

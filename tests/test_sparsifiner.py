@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import leanvit
 from leanvit.methods.sparsifiner import (
@@ -127,6 +128,53 @@ def test_what_a_user_froze_stays_frozen():
     assert not lean.head.weight.requires_grad and lean.blocks[0].mlp.fc1.weight.requires_grad
 
 
+def test_what_an_interrupted_run_stopped_is_trained_by_the_next():
+    class Interrupted(Dataset):
+        left = 20
+
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            Interrupted.left -= 1
+            if not Interrupted.left:
+                raise KeyboardInterrupt
+            return torch.randn(3, 32, 32), index % 10
+
+    vit, _, lean = sparse_vit(reconstruction=0.5)
+    options = {"epochs": 4, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 0, "workers": 0, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        leanvit.distill(lean, vit, Interrupted(), **options)
+    assert not lean.blocks[0].mlp.fc1.weight.requires_grad
+    copied, before = copy.deepcopy(lean), lean.blocks[0].mlp.fc1.weight.clone()
+    copied.lean.methods[0].set_progress(copied, 1.0)
+    assert all(parameter.requires_grad for parameter in copied.parameters())
+    leanvit.distill(lean, vit, Interrupted(), **options)
+    assert not torch.equal(lean.blocks[0].mlp.fc1.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("heads", [2, 3])
+@torch.no_grad()
+def test_the_predictor_computes_in_fp32_in_a_model_of_any_type(dtype, heads):
+    vit = small_vit(num_heads=heads)
+    lean, images = leanvit.slim(vit, Sparsifiner(**KINDS)).to(dtype), photos(vit)
+    assert (lean(images.to(dtype)) - leanvit.deploy(lean)(images.to(dtype))).abs().max() < 0.1
+
+
+@torch.no_grad()
+def test_a_resized_model_is_saved_and_warm_started(tmp_path):
+    lean = leanvit.slim(small_vit(img_size=64), leanvit.Sparsifiner(keep=0.5, rho=4))
+    lean.set_input_size(96)
+    images = torch.randn(4, 3, 96, 96)
+    for name, model in (("lean", lean), ("deployed", leanvit.deploy(lean))):
+        leanvit.save(model, tmp_path / name)
+        assert torch.equal(leanvit.load(tmp_path / name)(images), model(images))
+    assert leanvit.warm_start(lean, small_vit(img_size=96), images, steps=1, progress=False)
+    lean.set_input_size(64)
+    assert lean.lean.methods[0].rho == 4
+
+
 @torch.no_grad()
 def test_connections_are_per_image_head_and_layer():
     _, images, lean = sparse_vit(keep=0.3)
@@ -233,8 +281,8 @@ def test_what_does_not_fit_the_model(methods, message):
 
 
 def test_a_grid_too_small_for_the_basis_is_refused():
-    _, _, lean = sparse_vit(rho=16)
-    with pytest.raises(leanvit.MethodError, match="rho=16 leaves no basis for 9 patches"):
+    _, _, lean = sparse_vit(rho=1)
+    with pytest.raises(leanvit.MethodError, match="9 patches are fewer than the 16 patterns of the basis"):
         lean.set_input_size((24, 24))
 
 

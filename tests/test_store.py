@@ -19,8 +19,11 @@ from torch import Tensor
 
 from leanvit import methods, store
 from leanvit.errors import CheckpointError, ConfigError, InputSizeError, UnsupportedModelError
+from leanvit.methods.glad import GLAD
 from leanvit.model import LeanVisionTransformer, deploy, restore, slim
 from leanvit.store import from_hub, load, load_checkpoint, push_to_hub, read_config, resolve_model, save
+
+from .contract import small_vit
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
@@ -96,6 +99,19 @@ class TestRoundTrip:
         again = load(save(lean, tmp_path / "x"))
         images = torch.rand(1, 3, 48, 40)
         assert again.num_classes == 3 and torch.equal(again(images), lean(images))
+
+    def test_without_a_head_and_with_one_where_none_was(self, lean, tiny_vit, tmp_path) -> None:
+        lean.reset_classifier(0)
+        assert load(save(lean, tmp_path / "x")).num_classes == 0
+        tiny_vit.reset_classifier(0)
+        lean = slim(tiny_vit, *lean.lean.methods)
+        lean.reset_classifier(5)
+        assert load(save(lean, tmp_path / "y")).head.weight.shape[0] == 5
+
+    def test_patches_that_are_not_square(self, tmp_path) -> None:
+        lean = slim(small_vit(patch_size=(8, 4)), GLAD(at=(1,)))
+        images = torch.rand(1, 3, 32, 32)
+        assert torch.equal(load(save(lean, tmp_path / "x"))(images), lean(images))
 
     @pytest.mark.parametrize(
         ("name", "options"),

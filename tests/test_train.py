@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import leanvit
 from leanvit.data import data_config
@@ -409,6 +409,13 @@ def test_config_refuses_by_name(options, message):
 def test_training_refuses_by_name(tiny_vit, options, message):
     with pytest.raises(ConfigError, match=message):
         fit(tiny_vit, **options)
+
+
+def test_an_empty_data_set_is_refused(tiny_vit):
+    empty = Subset(Images(), [])
+    for arguments in ((empty,), (Images(), empty)):
+        with pytest.raises(ConfigError, match="Subset is empty or has no length"):
+            train(tiny_vit, *arguments, progress=False)
 
 
 def test_a_loader_is_refused(tiny_vit):

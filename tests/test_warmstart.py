@@ -49,11 +49,29 @@ def test_any_number_of_steps(steps):
     assert leanvit.warm_start(lean, vit, photos(vit, 8), steps=steps, batch_size=4, progress=False)
 
 
+@pytest.mark.parametrize(("count", "batch_size"), [(33, 32), (9, 1)])
+def test_a_last_batch_of_one_image_measures_no_block_alone(count, batch_size):
+    lean, vit = lean_and_vit()
+    fits = leanvit.warm_start(lean, vit, photos(vit, count), steps=30, batch_size=batch_size, progress=False)
+    assert all(fit.after < fit.before and fit.kept for fit in fits)
+
+
 def test_a_model_in_bf16():
     lean, vit = lean_and_vit()
     images = photos(vit, 32).bfloat16()
     fits = leanvit.warm_start(lean.bfloat16(), vit.bfloat16(), images, steps=20, batch_size=4, progress=False)
     assert any(fit.kept for fit in fits)
+
+
+def test_what_cannot_be_measured_is_an_error():
+    lean, vit = lean_and_vit()
+    with pytest.raises(leanvit.ConfigError, match=r"in float16: .* use float\(\) or bfloat16\(\)"):
+        leanvit.warm_start(lean.half(), vit.half(), photos(vit, 4).half(), progress=False)
+    lean, vit = lean_and_vit()
+    with torch.no_grad():
+        lean.blocks[1].mlp.fc1.bias.fill_(torch.nan)
+    with pytest.raises(leanvit.ConfigError, match="block 1: its error is nan before anything is fitted"):
+        leanvit.warm_start(lean, vit, photos(vit, 4), progress=False)
 
 
 def test_blocks_before_the_first_change_are_left_out():

@@ -87,6 +87,9 @@ class LeanModule(nn.Module):
     def check_block(self, block: LeanBlock) -> None:
         """Refuse what other methods put into the same block."""
 
+    def set_pooling(self, by_class_token: bool) -> None:
+        """What is classified now: the class token alone, or something else."""
+
     def check_grid(self, grid: Grid) -> None:
         """Refuse a patch grid that it cannot be resized to."""
 
@@ -124,6 +127,8 @@ class Method:
     name: ClassVar[str]
     reduces_tokens: ClassVar[bool] = False
     """Whether fewer tokens leave some block than enter it."""
+    positional: ClassVar[bool] = False
+    """Whether it learns or looks up where on the patch grid a token lies, so that another grid asks for a resize."""
     data_dependent: ClassVar[bool] = False
     """Whether what the deployed form computes, and so its cost, depends on the image: there is no graph to export."""
     no_graph: ClassVar[str] = ""
@@ -170,8 +175,8 @@ class Method:
             generator: Of whatever is random.
         """
 
-    def resized(self, old: Grid) -> Self:
-        """The method once the model's patch grid is another than the old one."""
+    def resized(self, old: Grid, new: Grid) -> Self:
+        """The method once the model's patch grid is no longer the old one but the new one."""
         return self
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:

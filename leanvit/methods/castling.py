@@ -62,6 +62,11 @@ class Castling(Method):
     threshold: float = 0.02
     sparsity_weight: float = 0.0
 
+    @property
+    def positional(self) -> bool:  # type: ignore[override]
+        """Whether neighbours on the patch grid are looked up."""
+        return self.conv == "grid"
+
     def __post_init__(self) -> None:
         if self.layers != "all":
             text = self.layers if isinstance(self.layers, str) else ""

@@ -54,6 +54,7 @@ class DGSSA(Method):
     """
 
     name: ClassVar[str] = "dgssa"
+    positional: ClassVar[bool] = True
     loss_kinds: ClassVar[tuple[str, ...]] = ("guidance",)
 
     layers: tuple[int, ...] | str = "auto"
@@ -97,7 +98,7 @@ class DGSSA(Method):
             attention = claim_attention(self.name, index, lean.blocks[index])
             StaticAttention.adopt(attention, index, lean.num_prefix_tokens, lean.blocks.grid, self)
 
-    def resized(self, old: Grid) -> Self:
+    def resized(self, old: Grid, new: Grid) -> Self:
         return self if self.grid else replace(self, grid=old)
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:
@@ -186,7 +187,7 @@ class StaticAttention(LeanModule, Attention):
         static = self.attn_drop(self.learned)
         if self.coarse == self.grid:
             return static_attention(static, v)
-        return coarse_static_attention(static, v, self.rows, self.columns)
+        return coarse_static_attention(static, v, self.rows.to(static), self.columns.to(static))
 
     def _guided(self, x: Tensor, alpha: float) -> Tensor:
         dynamic = attention_map(self, x)  # (B, H, N, N)
@@ -274,7 +275,8 @@ class DeployedStaticAttention(nn.Module):
     def _mix(self, v: Tensor) -> Tensor:
         if self.rows is None or self.columns is None:
             return static_attention(self.static, v)
-        return coarse_static_attention(self.static, v, self.rows, self.columns, self.scale)
+        rows, columns = self.rows.to(v), self.columns.to(v)  # a loaded model has its weights' type, and these fp32
+        return coarse_static_attention(self.static, v, rows, columns, self.scale)
 
     def _map(self) -> Tensor:
         if self.rows is None or self.columns is None:

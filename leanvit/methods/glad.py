@@ -44,6 +44,7 @@ class GLAD(Method):
     """
 
     name: ClassVar[str] = "glad"
+    positional: ClassVar[bool] = True
     reduces_tokens: ClassVar[bool] = True
 
     at: tuple[int, ...] | str = ()

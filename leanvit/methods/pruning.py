@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attention import Attended
 from ..errors import ConfigError
+from ..model import classifies_by_class_token
 from ..ops.tokens import attention_received, class_attention
 from . import register
 from .base import Method, Plan, Reducer, block_indices, check_shares, one_each
@@ -68,7 +69,7 @@ class TokenPruning(Method):
         return replace(self, at=at)
 
     def swap_in(self, lean: LeanVisionTransformer) -> None:
-        by_class_token = lean.cls_token is not None and lean.global_pool == "token"
+        by_class_token = classifies_by_class_token(lean)
         for index, keep in zip(self.at, one_each(self.name, "keep", self.keep, len(self.at)), strict=True):
             lean.blocks[index].reducers[self.name] = Pruning(keep, self.fuse, by_class_token)
 
@@ -103,6 +104,9 @@ class Pruning(Reducer):
             return tokens.keep(kept)
         left = scores.scatter(1, kept, 0.0)
         return tokens.keep(kept, fused=left / left.sum(dim=1, keepdim=True))
+
+    def set_pooling(self, by_class_token: bool) -> None:
+        self.by_class_token = by_class_token
 
     def __repr__(self) -> str:
         return f"pruning keeps {self.keep:g}{', fuses the rest' if self.fuse else ''}"

@@ -50,6 +50,7 @@ class Sparsifiner(Method):
     """
 
     name: ClassVar[str] = "sparsifiner"
+    positional: ClassVar[bool] = True
     no_graph: ClassVar[str] = "engines have no attention to chosen keys: it would be dense attention behind a mask"
     loss_kinds: ClassVar[tuple[str, ...]] = ("reconstruction",)
 
@@ -89,6 +90,13 @@ class Sparsifiner(Method):
         for index in cast(tuple[int, ...], self.layers):
             attention = claim_attention(self.name, index, lean.blocks[index])
             SparseAttention.adopt(attention, index, lean.blocks.grid, lean.num_prefix_tokens, self)
+
+    def resized(self, old: Grid, new: Grid) -> Self:
+        return replace(self, rho=new[0] * new[1] / self.patterns(old[0] * old[1]))
+
+    def patterns(self, patches: int) -> int:
+        """How many rows the basis has for so many patches."""
+        return int(patches / self.rho + 1e-9)
 
     def losses(self, found: Recorder) -> dict[str, Tensor]:
         terms = [record.value for record in found["reconstruction"]]
@@ -181,11 +189,10 @@ class SparseAttention(LeanModule, Attention):
         """``‖c·U − A‖² / ‖A‖²`` over the patches: the dense, unthresholded estimate against the attention."""
         attention = (q.float() @ k.float().transpose(-2, -1) * self.scale).softmax(dim=-1)  # (B, H, N, N)
         attention = attention[..., self.prefix :, self.prefix :]
-        predictor = Predictor(self.reduce_q, self.reduce_k, self.pooling, self.basis)
+        predictor = Predictor(self.reduce_q, self.reduce_k, self.pooling, self.basis.abs()).in_fp32()
         with torch.autocast(q.device.type, enabled=False):
             c = coefficients(q[:, :, self.prefix :].float(), k[:, :, self.prefix :].float(), predictor, places)
-            basis = self.basis if places is None else self.basis[:, :, places.long()].permute(2, 0, 1, 3)
-            estimate = c @ basis.abs()
+            estimate = c @ predictor.basis_at(places)
         return (estimate - attention).square().sum() / attention.square().sum()
 
     def start_loss(self, dense: Any, x: Tensor) -> Tensor:
@@ -206,7 +213,7 @@ class SparseAttention(LeanModule, Attention):
         self.reduce_q.copy_(reduce_q), self.reduce_k.copy_(reduce_k)
         pooling, _ = local_pooling(self.grid, self.config)
         self.pooling.copy_(pooling.expand_as(self.pooling))
-        predictor = Predictor(self.reduce_q.float(), self.reduce_k.float(), self.pooling.float(), self.basis)
+        predictor = Predictor(self.reduce_q, self.reduce_k, self.pooling, self.basis).in_fp32()
         rows = self.basis.shape[1]
         overlap = self.basis.new_zeros(self.num_heads, rows, rows, dtype=torch.float32)
         target = torch.zeros_like(self.basis, dtype=torch.float32)
@@ -232,14 +239,17 @@ class SparseAttention(LeanModule, Attention):
         return DeployedSparseAttention(self)
 
     def check_grid(self, grid: Grid) -> None:
-        check_size(grid, self.prefix, self.config)
+        patches, patterns = grid[0] * grid[1], self.basis.shape[1]
+        if patches < patterns:
+            raise MethodError(f"sparsifiner: {patches} patches are fewer than the {patterns} patterns of the basis")
+        check_size(grid, self.prefix, self.config.resized(self.grid, grid))
 
     @torch.no_grad()
     def resize(self, old: Grid, new: Grid, positions: Tensor) -> Tensor:
         pooling, basis = resize_predictor(self.pooling, self.basis, old, new)
         self.pooling = nn.Parameter(pooling, self.pooling.requires_grad)
         self.basis = nn.Parameter(basis, self.basis.requires_grad)
-        self.grid = new
+        self.grid, self.config = new, self.config.resized(old, new)
         return positions
 
     def __repr__(self) -> str:
@@ -364,7 +374,7 @@ def local_pooling(grid: Grid, config: Sparsifiner) -> tuple[Tensor, Tensor]:
         MethodError: ρ leaves no cell.
     """
     positions = grid_positions(grid)
-    count = int(len(positions) / config.rho)
+    count = config.patterns(len(positions))
     if count < 1:
         raise MethodError(
             f"sparsifiner: rho={config.rho:g} leaves no basis for {len(positions)} patches; "
@@ -439,11 +449,14 @@ def description(attention: Any) -> str:
 
 def _freeze_inherited(lean: LeanVisionTransformer, freeze: bool) -> None:
     """Stop training what was inherited, or go on with what was stopped here; what a user froze stays frozen."""
+    new, stopped = lean.new_parameter_names(), set(lean.stopped)
     for name, parameter in lean.named_parameters():
-        if freeze and parameter.requires_grad and name in lean.lean.digests:
-            parameter.requires_grad_(False).stopped = True  # type: ignore[attr-defined]
-        elif not freeze and getattr(parameter, "stopped", False):
-            parameter.requires_grad_(True).stopped = False  # type: ignore[attr-defined]
+        if freeze and parameter.requires_grad and name not in new:
+            parameter.requires_grad_(False)
+            stopped.add(name)
+        elif not freeze and name in stopped:
+            parameter.requires_grad_(True)
+    lean.stopped = frozenset(stopped if freeze else ())
 
 
 def _is_number(value: Any) -> bool:

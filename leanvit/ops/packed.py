@@ -88,6 +88,7 @@ def packed_attention(
             some = attend(some_q, some_k, some_v)
         mixed[rows].unflatten(0, (images, length)).copy_(some.transpose(1, 2))
         start = rows.stop
+    mixed[start:] = 0  # a gradient passes through rows that belong to none, and what memory held may be no number
     return mixed
 
 

@@ -45,6 +45,14 @@ class Predictor(NamedTuple):
     pooling: Tensor
     basis: Tensor
 
+    def in_fp32(self) -> Predictor:
+        """The same in fp32: what it costs is small, and what it chooses is not."""
+        return Predictor(*(table.float() for table in self))
+
+    def basis_at(self, places: Tensor | None) -> Tensor:
+        """U over patches at some positions ``(B, M)``: ``(B, H, n, M)``; without any, over all: ``(H, n, L)``."""
+        return self.basis if places is None else self.basis[:, :, places.long()].permute(2, 0, 1, 3)
+
 
 class Packed(NamedTuple):
     """A predictor as the kernel reads it: in fp32, the basis without most of its zeros.
@@ -92,10 +100,10 @@ def coefficients(q: Tensor, k: Tensor, predictor: Predictor, places: Tensor | No
 
 def scores_reference(q: Tensor, k: Tensor, predictor: Predictor, places: Tensor | None = None) -> Tensor:
     """How much each patch is expected to attend to each, ``c·U`` with c's largest entries alone: ``(B, H, M, M)``."""
+    predictor = predictor.in_fp32()
     c = coefficients(q.float(), k.float(), predictor, places)
     kept, which = c.topk(min(TOP, c.shape[-1]), dim=-1)
-    basis = predictor.basis if places is None else predictor.basis[:, :, places.long()].permute(2, 0, 1, 3)
-    return torch.zeros_like(c).scatter(-1, which, kept) @ basis
+    return torch.zeros_like(c).scatter(-1, which, kept) @ predictor.basis_at(places)
 
 
 def connections_reference(

@@ -121,7 +121,11 @@ def pool_static(attention: Tensor, prefix: int, rows: Tensor, columns: Tensor) -
     """
     share = torch.kron(rows, columns).to(attention)  # (h'·w', h·w)
     keys = torch.cat([attention[..., :prefix], attention[..., prefix:] @ share], dim=-1)
-    queries = (share / share.sum(dim=0)).t() @ keys[:, prefix:]
+    total = share.sum(dim=0)
+    mean = (share / total.clamp_min(1e-6)).t()
+    # Where the other grid is the finer one, some of its queries stand for none: they get what is around them.
+    around = torch.kron(*(interpolation(*side.shape) for side in (rows, columns))).to(attention)
+    queries = torch.where(total.unsqueeze(1) > 1e-6, mean, around) @ keys[:, prefix:]
     return torch.cat([keys[:, :prefix], queries], dim=1)
 
 
