@@ -556,6 +556,7 @@ def restore(model: nn.Module) -> VisionTransformer:
     dense.__class__ = _DENSE_CLASSES[type(model)]
     dense.grad_checkpointing = cast(LeanModel, model).blocks.grad_checkpointing
     del dense.lean
+    dense.__dict__.pop("stopped", None)
     now = digests(dense.state_dict())
     for key, digest in info.digests.items():
         if now.get(key) != digest:

@@ -279,12 +279,11 @@ class _Error:
 
     def __init__(self, pairs: Sequence[tuple[Tokens, Tensor]], prefix_weight: float) -> None:
         prefix = pairs[0][0].prefix
-        parts = [torch.cat([dense[:, :prefix].flatten(0, 1) for _, dense in pairs]) if prefix else None]
-        parts.append(torch.cat([dense[:, prefix:].flatten(0, 1) for _, dense in pairs]))
         self.prefix = prefix
-        self.scales = [
-            1.0 if part is None else float(part.float().var(dim=0).mean().clamp_min(1e-12)) for part in parts
-        ]
+        self.scales = (
+            _variance([dense[:, :prefix] for _, dense in pairs]) if prefix else 1.0,
+            _variance([dense[:, prefix:] for _, dense in pairs]),
+        )
         self.weights = (prefix_weight, 1 - prefix_weight) if prefix else (0.0, 1.0)
 
     def __call__(self, tokens: Tokens, dense: Tensor) -> Tensor:
@@ -300,6 +299,19 @@ class _Error:
     @torch.no_grad()
     def mean(self, block: LeanBlock, pairs: Sequence[tuple[Tokens, Tensor]]) -> float:
         return float(torch.stack([self(block(tokens), dense) for tokens, dense in pairs]).mean())
+
+
+def _variance(batches: Sequence[Tensor]) -> float:
+    """Of tokens ``(B, N, C)`` about their mean, averaged over the channels; without a copy of them all."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        rows = batch.flatten(0, 1).double()
+        count, total, squares = (
+            count + len(rows),
+            total + rows.sum(dim=0).cpu(),
+            squares + rows.square().sum(dim=0).cpu(),
+        )
+    return float(((squares - total.square() / count) / (count - 1)).mean().clamp_min(1e-12))
 
 
 def check_pair(lean: Any, vit: Any) -> None:
