@@ -396,6 +396,8 @@ class LeanModel:
             if key.startswith("blocks.") or (key in left and not key.startswith(HEADS))
         }
         self.lean = replace(self.lean, digests=inherited)
+        if not global_pool:  # the same as before, or none, which timm asks for to take features out
+            return
         for block in self.blocks:
             for module in block.lean_modules():
                 module.set_pooling(classifies_by_class_token(self))
@@ -448,8 +450,8 @@ HEADS = ("head.", "head_dist.")
 
 
 def classifies_by_class_token(model: Any) -> bool:
-    """Whether the class token alone is what is classified."""
-    return model.cls_token is not None and model.global_pool == "token"
+    """Whether the class token alone is what is classified, or would be if there were a head."""
+    return model.cls_token is not None and model.global_pool in ("token", "")
 
 
 def slim(model: nn.Module, *methods: Method, images: ImageSource | None = None) -> LeanVisionTransformer:
