@@ -58,7 +58,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "sparse quarter": {"method": "sparsifiner:keep=0.25", "epochs": 3, "options": SPARSE},
     "sparse, pruned": {"method": "sparsifiner:keep=0.5+pruning:keep=0.77,at=1-11", "epochs": 6, "options": GENTLE},
     "first layers": {"method": LEAN.replace("auto:3", "0,1,2"), "epochs": 4},
-    "castling": {"method": "castling", "epochs": 6, "options": QUICK},
+    "castling": {"method": "castling", "epochs": 10, "options": QUICK},
     "castling, short": {"method": "castling", "epochs": 3, "options": QUICK},
     "castling, no auxiliary": {"method": "castling:auxiliary=0", "epochs": 3, "options": QUICK},
     "castling, no warm start": {"method": "castling", "epochs": 3, "options": QUICK, "warm": False},
