@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -71,15 +71,16 @@ def run(output: Path, json: Path | None = None) -> None:
 
     table = Table([*digits, *speed])
     table.to_csv(output / "results.csv")
+    about: dict[str, Any] = {"command": "demo", "environment": environment(), "seconds": round(time.monotonic() - start)}
     for path in filter(None, (output / "results.json", json)):
-        table.to_json(path, command="demo", environment=environment(), seconds=round(time.monotonic() - start))
+        table.to_json(path, **about)
     pareto(digits, output / "pareto.png", title="Handwritten digits: accuracy against measured throughput")
     source = Source(
         "handwritten digits, and random images where it says so",
         "leanvit demo",
         seed=DENSE_TRAINING.seed,
         settings={"dense training": DENSE_TRAINING, "distillation": LEAN_TRAINING, "of decisions": DECIDING_TRAINING},
-        environment=machine(environment()),
+        environment=machine(about["environment"]),
     )
     page = page_of(dense, lean, comparison, source)
     rows = [{**row, "source": 0} for row in table.rows]
