@@ -187,7 +187,7 @@ def on_random_images(recipes: Mapping[str, tuple[Method, ...]]) -> list[Row]:
         "dense": dense,
         **{name: slim(dense, *recipe, images=images) for name, recipe in recipes.items() if not adapts(recipe)},
     }
-    rows = bench(models, images=images, batch_sizes=(1, 32), precisions=("fp32",))
+    rows = bench(models, images=images, batch_sizes=(1, 16), precisions=("fp32",))
     return [{**row, "data": "random", "trained": False} for row in rows]
 
 

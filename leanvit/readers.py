@@ -51,7 +51,7 @@ class DigitsReader(Reader):
 
     def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
         encoded = io.BytesIO()
-        Image.fromarray(self.pixels[self.indices[index]]).save(encoded, format="BMP")
+        Image.fromarray(self.pixels[self.indices[index]]).save(encoded, format="PPM")
         encoded.seek(0)
         return encoded, int(self.labels[self.indices[index]])
 
