@@ -71,7 +71,11 @@ def run(output: Path, json: Path | None = None) -> None:
 
     table = Table([*digits, *speed])
     table.to_csv(output / "results.csv")
-    about: dict[str, Any] = {"command": "demo", "environment": environment(), "seconds": round(time.monotonic() - start)}
+    about: dict[str, Any] = {
+        "command": "demo",
+        "environment": environment(),
+        "seconds": round(time.monotonic() - start),
+    }
     for path in filter(None, (output / "results.json", json)):
         table.to_json(path, **about)
     pareto(digits, output / "pareto.png", title="Handwritten digits: accuracy against measured throughput")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import ModelChoice, Overwrite, new_file, takes_groups
+from .options import ModelChoice, Overwrite, data_there, new_file, takes_groups
 from .printing import say, show
 
 
@@ -22,7 +22,9 @@ def export(
     format: Annotated[
         str, typer.Option(metavar="NAME", help="onnx, program or aotinductor (.pt2); else by the ending.")
     ] = "",
-    data_dir: Annotated[str | None, typer.Option(metavar="PATH", help="Real images to compare outputs on.")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="PATH", callback=data_there, help="Real images to compare outputs on.")
+    ] = None,
     opset: Annotated[int | None, typer.Option(metavar="N", help="Version of the ONNX operators.")] = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch/--no-dynamic-batch", help="Take any number of images at once.")

@@ -23,6 +23,7 @@ from .options import (
     amp_name,
     best_device,
     check_output,
+    data_there,
     new_file,
     takes_groups,
 )
@@ -91,7 +92,7 @@ def bench(
         list[str] | None, typer.Option(metavar="TEXT", help="Such as dgssa+glad; may be repeated.")
     ] = None,
     data_dir: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Real images to run on, else random ones.")
+        str | None, typer.Option(metavar="PATH", callback=data_there, help="Real images to run on, else random ones.")
     ] = None,
     num_warm_iter: Annotated[int, typer.Option(metavar="N", help="Rounds before those that count.")] = 3,
     torchcompile: Annotated[bool, typer.Option("--torchcompile", help="The same as --engine compile.")] = False,
@@ -136,7 +137,9 @@ def count(
     ctx: typer.Context,
     choice: ModelChoice,
     method: Annotated[str, typer.Option(metavar="TEXT", help="Such as dgssa:layers=1,2,3+glad.")] = "",
-    data_dir: Annotated[str | None, typer.Option(metavar="PATH", help="Images for what a method measures.")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="PATH", callback=data_there, help="Images for what a method measures.")
+    ] = None,
     *,
     output: Output,
 ) -> None:
@@ -159,7 +162,7 @@ def count(
 def analyse(
     ctx: typer.Context,
     choice: ModelChoice,
-    data_dir: Annotated[str, typer.Option(metavar="PATH", help="Unlabelled images.")],
+    data_dir: Annotated[str, typer.Option(metavar="PATH", callback=data_there, help="Unlabelled images.")],
     *,
     output: Output,
 ) -> None:

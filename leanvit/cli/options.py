@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, get_type_hints
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -124,6 +124,14 @@ def _known_trackers(names: list[str]) -> list[str]:
     return names
 
 
+def data_there(path: str | None) -> str | None:
+    """Refuse a folder or file of images that does not exist before a model is fetched for them."""
+    named = path is None or path.startswith(("digits", "wds/", "hfds/", "hfids/", "tfds/"))
+    if not named and not Path(str(path)).expanduser().exists():
+        raise DataError(f"no such file or folder: {path}")
+    return path
+
+
 def new_file(path: Path | None) -> Path | None:
     """Refuse a file that cannot be written before the work starts, not after."""
     if path is None:
@@ -183,7 +191,9 @@ ModelName = Annotated[
     typer.Argument(metavar="MODEL", help="A timm name, hf-hub:owner/name, or the folder of a saved model or run."),
 ]
 MethodText = Annotated[str, _option(metavar="TEXT", help="Such as dgssa:layers=auto:4+glad:at=6,8,10.")]
-DataDir = Annotated[str, _option(metavar="PATH", help="Image folder, .tar, wds/…, hfds/… or 'digits'.")]
+DataDir = Annotated[
+    str, _option(metavar="PATH", callback=data_there, help="Image folder, .tar, wds/…, hfds/… or 'digits'.")
+]
 TrainSplit = Annotated[str | None, _option(metavar="NAME", help="Folder or .tar in it to train on.")]
 ValSplit = Annotated[str | None, _option(metavar="NAME", help="Folder or .tar in it to measure on.")]
 ClassMap = Annotated[str, _option(metavar="FILE", help="Text file of the class names in order.")]

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ConfigError
 from .app import app
-from .options import ClassMap, Device, Overwrite, ValSplit, best_device, check_output, new_file
+from .options import ClassMap, Device, Overwrite, ValSplit, best_device, check_output, data_there, new_file
 from .printing import command_line, provenance, say, say_where, show
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def report_runs(
     teacher: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The dense model, if not among the runs.")
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(metavar="PATH", help="Labelled images: measure on them now.")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="PATH", callback=data_there, help="Labelled images: measure on them now.")
+    ] = None,
     val_split: ValSplit = None,
     class_map: ClassMap = "",
     images: Annotated[int, typer.Option("--val-num-samples", min=1, metavar="N", help="At most so many.")] = 1000,
