@@ -492,6 +492,8 @@ def _match_classes(
         return names if sorted(found.values()) == list(range(len(names))) else [], None
     if not found or num_classes is None:
         return names, None
+    if names == [""]:
+        raise DataError(f"the images of {path} have no labels: they lie in no folders named by class; use a class map")
     if num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
         known = ImageNetInfo("imagenet-1k").label_names()
     if len(known) == num_classes:

@@ -122,6 +122,15 @@ def test_a_warning_is_one_line(dense: Path) -> None:
 # ---- measuring
 
 
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("leanvit.measure.environment", interrupt)
+    result = run("doctor")
+    assert result.exit_code == 130 and result.stderr == "leanvit: error: interrupted\n"
+
+
 def test_analyse_is_for_dense_models(lean: Path, photos: Path) -> None:
     assert "the model is lean already" in refuse("analyse", lean, "--data-dir", photos)
 

@@ -188,6 +188,12 @@ class TestClasses:
         with pytest.raises(DataError, match=r"has 10 classes .*, the model has 4"):
             open_data(make_folder(), num_classes=4)
 
+    def test_no_folders_of_classes(self, make_folder, tiny_vit) -> None:
+        one_class = make_folder() / "class0"
+        with pytest.raises(DataError, match=r"images of .*class0 have no labels"):
+            open_data(one_class, tiny_vit)
+        assert len(open_data(one_class)) == 2, "they do where no labels are asked for"
+
     def test_names_that_the_model_knows(self, make_folder, tiny_vit) -> None:
         names = [f"class{index}" for index in reversed(range(10))]
         tiny_vit.pretrained_cfg["label_names"] = names

@@ -29,12 +29,12 @@ class CommandGroup(TyperGroup):
             fail(error.format_message())
         except LeanVitError as error:
             fail(str(error))
-        except typer.Abort:
-            fail("interrupted", INTERRUPTED)
         except OSError as error:  # a full disk, a folder without permission
             if error.errno == errno.EPIPE:
                 raise
             fail(str(error))
+        if code == INTERRUPTED:  # typer's own code for Ctrl-C, which it says nothing about
+            fail("interrupted", INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
 
 

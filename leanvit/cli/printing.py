@@ -29,7 +29,7 @@ def say(line: str) -> None:
 
 def say_where(page: Path) -> None:
     """Tell where a page is."""
-    say(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB, opens in any browser)")
+    say(f"report: {page} ({page.stat().st_size / 1e6:.2g} MB, opens in any browser)")
 
 
 def provenance(ctx: typer.Context) -> dict[str, Any]:
