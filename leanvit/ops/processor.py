@@ -16,7 +16,10 @@ from ..errors import LeanVitWarning
 Arguments = ParamSpec("Arguments")
 
 
-@functools.cache
+# Found out once, but not by `functools.cache`, of which `torch.compile` warns in whatever graph it meets it.
+_CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def has_bf16(device_type: str = "cpu") -> bool:
     """Whether a kind of device computes in bf16 by itself.
 
@@ -24,7 +27,7 @@ def has_bf16(device_type: str = "cpu") -> bool:
     times as long as in fp32.
     """
     if device_type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+        return _CPU_HAS_BF16
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True
