@@ -442,10 +442,9 @@ def _find_split(root: Path, split: str | None, training: bool) -> Path:
 def _open_local(path: Path, class_map: ClassMap) -> ImageReader:
     if path.is_file() and path.suffix != ".tar":
         raise DataError(f"{path} is neither a folder nor a .tar")
-    if isinstance(class_map, str) and class_map and not (Path(class_map).exists() or (path / class_map).exists()):
-        raise DataError(f"no such class map: {class_map}")
+    labels = _labels_of(class_map, path)
     try:
-        reader = create_reader("", root=str(path), class_map=class_map or None)
+        reader = create_reader("", root=str(path), class_map=labels)
     except tarfile.TarError as reason:
         raise DataError(f"{path} cannot be read as a tar file: {reason}") from reason
     except (RuntimeError, ValueError) as reason:  # how timm's folder and tar readers fail on nothing
@@ -456,9 +455,35 @@ def _open_local(path: Path, class_map: ClassMap) -> ImageReader:
     return reader
 
 
+def _labels_of(class_map: ClassMap, folder: Path | None = None) -> dict[str, int] | None:
+    """The label of each class; a file's name may be relative to the folder of the images."""
+    if not class_map or isinstance(class_map, dict):
+        return class_map or None
+    file = Path(class_map).expanduser()
+    if not file.exists() and folder is not None:
+        file = folder / class_map
+    if not file.exists():
+        raise DataError(f"no such class map: {class_map}")
+    names = read_class_names(file)
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None or not names:
+        problem = "is empty" if twice is None else f"names {twice!r} twice"
+        raise DataError(f"the class map {class_map} {problem}")
+    return {name: label for label, name in enumerate(names)}
+
+
+def read_class_names(file: str | os.PathLike[str]) -> list[str]:
+    """The class names in a text file: one a line, in order; lines without a name do not count."""
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as reason:
+        raise DataError(f"the class names in {file} cannot be read: {reason}") from reason
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _open_hugging_face(path: str, split: str, class_map: ClassMap) -> ImageReader:
     try:
-        return create_reader(path, split=split, class_map=class_map or None)
+        return create_reader(path, split=split, class_map=_labels_of(class_map))
     except ImportError as reason:
         raise DataError(f"{path} needs the package datasets: pip install 'leanvit[datasets]'") from reason
     except (

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .bench import take_turns
 from .count import count, deployed_form
-from .data import IMAGE_MODES, data_config
-from .errors import ConfigError, DataError, RestoreError
+from .data import IMAGE_MODES, data_config, read_class_names
+from .errors import ConfigError, RestoreError
 from .model import Grid, LeanModel, Tokens, data_dependent, restore, with_blocks
 from .photos import in_mode, read_photo
 from .record import record
@@ -460,7 +460,7 @@ def class_descriptions(model: nn.Module, names: Sequence[str] | str | os.PathLik
         DataError: The file cannot be read.
     """
     classes: int = model.num_classes  # type: ignore[assignment]
-    given = _lines(names) if isinstance(names, str | os.PathLike) else names
+    given = read_class_names(names) if isinstance(names, str | os.PathLike) else names
     if given is not None and len(given) != classes:
         raise ConfigError(f"{len(given)} class names for a model of {classes} classes")
     if given is None:
@@ -471,13 +471,6 @@ def class_descriptions(model: nn.Module, names: Sequence[str] | str | os.PathLik
     if len(given) != classes:
         return [f"class {index}" for index in range(classes)]
     return [_described(name) for name in given]
-
-
-def _lines(file: str | os.PathLike[str]) -> list[str]:
-    try:
-        return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as reason:
-        raise DataError(f"the class names in {file} cannot be read: {reason}") from reason
 
 
 def _described(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, to_2tuple
+from timm.layers import Attention, PatchEmbed, to_2tuple
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -573,6 +573,9 @@ def check_supported(model: Any) -> None:
     if type(model) not in _LEAN_CLASSES:
         known = ", ".join(cls.__name__ for cls in _LEAN_CLASSES)
         raise UnsupportedModelError(f"{type(model).__name__} is not supported; timm's {known} are")
+    if not isinstance(model.patch_embed, PatchEmbed):
+        name = type(model.patch_embed).__name__
+        raise UnsupportedModelError(f"a patch embedding of kind {name} is not supported; only timm's PatchEmbed is")
     if not isinstance(model.patch_drop, nn.Identity):
         raise UnsupportedModelError("patch dropout is not supported: methods need every patch; use patch_drop_rate=0")
     for index, block in enumerate(model.blocks):

@@ -40,7 +40,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], resume: bool) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they do in YAML
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; give a folder for the run")

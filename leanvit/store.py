@@ -61,7 +61,9 @@ def save(
             again from a config.
         ConfigError: There is not one name for each class.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(folder).expanduser().resolve()  # through a link, whose target is replaced and not the link itself
+    if folder == Path.cwd():
+        raise CheckpointError(f"cannot save to {folder}: it is the current folder, which cannot be replaced")
     if class_names is not None and len(class_names) != model.num_classes:
         raise ConfigError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     _check_replaceable(folder, overwrite)
@@ -88,7 +90,15 @@ def load(folder: PathLike) -> VisionTransformer:
         model = _build(folder, config.get("leanvit", {}))
     except LeanVitError as reason:
         raise CheckpointError(f"{folder / CONFIG}: {reason}") from reason
-    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as reason:  # unusable arguments
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AssertionError,
+        RuntimeError,
+        AttributeError,
+        ArithmeticError,
+    ) as reason:  # unusable arguments
         raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {reason}") from reason
     _check_keys(model, shapes, folder / WEIGHTS)
     # Assigned to keep their precision; cloned because they lie unaligned in the mapped file, which is slow.

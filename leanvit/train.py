@@ -159,8 +159,14 @@ class _Training:
         if not has_bf16(self.accelerator.device.type):
             _muon_in_fp32()
         _set_progress(model, 1.0)  # what a method keeps from training at first is for the optimiser, too
-        optimizer = _optimizer(model, config)
-        self.schedule = _schedule(optimizer, config, self.updates_per_epoch)
+        try:
+            optimizer = _optimizer(model, config)
+            self.schedule = _schedule(optimizer, config, self.updates_per_epoch)
+        except (ValueError, RuntimeError, AssertionError, ImportError) as reason:
+            what = (
+                f"opt={config.opt}, sched={config.sched}, epochs={config.epochs}, warmup_epochs={config.warmup_epochs}"
+            )
+            raise ConfigError(f"timm cannot train with {what}: {' '.join(str(reason).split())}") from reason
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=True) if config.model_ema else None
         self.updates = 0

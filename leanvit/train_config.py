@@ -42,7 +42,7 @@ class TrainConfig:
         warmup_epochs: Linear rise of the learning rate, in epochs or parts of one.
         amp: Mixed precision, ``"bf16"`` or ``"fp16"``; empty is what `accelerate launch` says, else fp32.
         grad_accum_steps: Batches to an update.
-        clip_grad: Limit of the gradient's norm; None is no limit.
+        clip_grad: Limit of the gradient's norm; 0 and None are no limit.
         mixup, cutmix: Their alpha; 0 is off.
         smoothing: Label smoothing.
         hflip, scale, color_jitter, aa, reprob: Augmentation as timm's training script has it, for data given
@@ -106,7 +106,7 @@ class TrainConfig:
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("lr", "kd_temperature"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        self._check("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or None")
+        self._check("clip_grad", self.clip_grad is None or self.clip_grad >= 0, "at least 0, or None")
         self._check("warmup_epochs", self.warmup_epochs <= self.epochs, f"at most epochs={self.epochs}")
         self._check("smoothing", 0 <= self.smoothing < 1, "at least 0 and below 1")
         self._check("model_ema_decay", 0 < self.model_ema_decay < 1, "between 0 and 1")

@@ -140,8 +140,7 @@ def measure_usage(model: nn.Module, data: ImageData, *, batch_size: int = 50, pr
             parts.append((*used, image_macs(found, constant), losses, labels, logits.argmax(dim=1) == labels))
     if not parts:
         raise DataError("no images to measure; give at least one that can be read")
-    damaged = set(data.damaged)
-    index = [place for place in range(len(data)) if data.reader.filename(place) not in damaged]
+    index = [place for place in range(len(data)) if not data.is_damaged(place)]
     patches, heads, sublayers, macs, losses, labels, right = (torch.cat(part) for part in zip(*parts, strict=True))
     grid: tuple[int, int] = model.patch_embed.grid_size  # type: ignore[union-attr, assignment]
     return Usage(layers, patches, heads, sublayers, macs, losses, labels, right, index, grid)

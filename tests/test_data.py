@@ -232,6 +232,16 @@ class TestClasses:
             "class0",
         ]
 
+    def test_class_map_of_any_ending_with_blank_lines(self, make_folder, tmp_path) -> None:
+        (tmp_path / "names").write_text("\ufeffclass1\n\n class0 \n\n", encoding="utf-8")
+        assert open_data(make_folder(), class_map=str(tmp_path / "names")).classes == ["class1", "class0"]
+
+    @pytest.mark.parametrize(("text", "problem"), [("a\nb\na\n", "names 'a' twice"), ("\n", "is empty")])
+    def test_class_map_without_sense(self, text, problem, make_folder, tmp_path) -> None:
+        (tmp_path / "map.txt").write_text(text)
+        with pytest.raises(DataError, match=f"class map .*map.txt {problem}"):
+            open_data(make_folder(), class_map=str(tmp_path / "map.txt"))
+
     def test_class_map_beyond_the_model(self, make_folder, tiny_vit) -> None:
         with pytest.raises(DataError, match="class map goes up to label 10, the model has 10 classes"):
             open_data(make_folder(), tiny_vit, class_map={"class0": 10})

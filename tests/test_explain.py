@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import leanvit
 from leanvit.cli import app
+from leanvit.cli.reporting import file_names
 from leanvit.count import count
 from leanvit.data import data_config, open_data
 from leanvit.errors import ConfigError, DataError
@@ -357,6 +358,11 @@ def open_folder(photo: Path, model) -> torch.Tensor:
     """The photo as the data loader would give it, ``(1, 3, H, W)``."""
     transform = timm.data.create_transform(**data_config(model))
     return transform(Image.open(photo).convert("RGB"))[None]
+
+
+def test_pictures_of_photos_have_names_of_their_own():
+    photos = [Path("a.jpg"), Path("x/a.jpg"), Path("a-2.jpg")]
+    assert file_names(photos) == ["a", "a-2", "a-2-2"]
 
 
 def test_one_explainer_for_many_photos(lean, photo, tmp_path) -> None:

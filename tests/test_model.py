@@ -113,6 +113,11 @@ def test_a_lean_model_is_not_slimmed_again(tiny_vit):
         leanvit.slim(leanvit.slim(tiny_vit))
 
 
+def test_patches_of_a_backbone_are_refused():
+    with pytest.raises(leanvit.UnsupportedModelError, match="HybridEmbed is not supported"):
+        leanvit.slim(timm.create_model("vit_tiny_r_s16_p8_224", img_size=64))
+
+
 def test_patch_dropout_is_refused():
     with pytest.raises(leanvit.UnsupportedModelError, match="patch_drop_rate=0"):
         leanvit.slim(small_vit(patch_drop_rate=0.5))

@@ -63,6 +63,11 @@ def test_names_cover_neither_each_other_nor_the_edge(tmp_path, drawn):
         assert axes.get_window_extent().contains(*box.max)
 
 
+def test_names_are_no_formulas(tmp_path):
+    pareto([{**row, "model": f"${row['model']}_x^$"} for row in rows()], tmp_path / "p.png", title="$a_$")
+    assert (tmp_path / "p.png").exists()
+
+
 def test_points_of_measurement_get_a_panel_each(tmp_path, drawn):
     mixed = rows(precision="fp32", infer_batch_size=1) + rows(precision="bf16", infer_batch_size=32)
     pareto(mixed, tmp_path / "pareto.png")

@@ -233,6 +233,17 @@ class TestSaving:
             save(tiny_vit, tmp_path / "x")
         assert not any(tmp_path.iterdir())
 
+    def test_through_a_link(self, tiny_vit, tmp_path) -> None:
+        (tmp_path / "link").symlink_to(save(tiny_vit, tmp_path / "model"))
+        save(tiny_vit, tmp_path / "link", overwrite=True)
+        assert (tmp_path / "link").is_symlink() and beside(tmp_path / "model") == ["link", "model"]
+        load(tmp_path / "model")
+
+    def test_into_the_current_folder(self, tiny_vit, tmp_path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(CheckpointError, match="it is the current folder"):
+            save(tiny_vit, ".", overwrite=True)
+
     def test_class_names_that_do_not_fit(self, tiny_vit, tmp_path) -> None:
         with pytest.raises(ConfigError, match="2 class names for a model of 10 classes"):
             save(tiny_vit, tmp_path / "x", class_names=["cat", "dog"])

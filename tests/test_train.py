@@ -469,3 +469,14 @@ def test_labels_and_images_that_do_not_fit_the_model():
         fit(tiny_model(num_classes=0))
     with pytest.raises(InputSizeError, match="image size 32x32 does not fit a model made for 48x48"):
         fit(tiny_model(img_size=48))
+
+
+@pytest.mark.parametrize("options", [{"sched": "wsd", "warmup_epochs": 1}, {"opt": "fusedadam"}])
+def test_what_timm_cannot_set_up(tiny_vit, options):
+    with pytest.raises(ConfigError, match=r"timm cannot train with opt=\w+, sched=\w+, epochs=1"):
+        train(tiny_vit, Images(), epochs=1, progress=False, **options)
+
+
+def test_a_run_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/run", {}, resume=False).path == tmp_path / "run"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from .app import app
 from .options import ModelChoice, Overwrite, data_there, new_file, takes_groups
@@ -55,4 +56,4 @@ def export(
         batch_size=batch_size,
         overwrite=overwrite,
     )
-    show(str(exported))
+    show(escape(str(exported)))

@@ -345,7 +345,7 @@ class Training:
     sched: Annotated[str, _option(metavar="NAME", help="timm schedule.")] = "cosine"
     warmup_epochs: Annotated[float, _option(metavar="X", help="Epochs of rising rate.")] = 0.5
     grad_accum_steps: Annotated[int, _option(metavar="N", help="Batches to an update.")] = 1
-    clip_grad: Annotated[float | None, _option(metavar="X", help="Limit of the gradient's norm.")] = 1.0
+    clip_grad: Annotated[float | None, _option(metavar="X", help="Limit of the gradient's norm; 0 is none.")] = 1.0
     model_ema: Annotated[bool, _option("--model-ema", help="Keep the weights' moving average.")] = False
     model_ema_decay: Annotated[float, _option(metavar="X", help="Its decay.")] = 0.9998
     smoothing: Annotated[float, _option(metavar="X", help="Label smoothing.")] = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,6 +134,6 @@ def file_names(images: list[Path]) -> list[str]:
     """What the pictures of each photo start with: its name, numbered where another photo has the same."""
     names: list[str] = []
     for image in images:
-        number = sum(image.stem == other.stem for other in images[: len(names)])
-        names.append(f"{image.stem}-{number + 1}" if number else image.stem)
+        numbered = (f"{image.stem}-{number}" for number in count(2))
+        names.append(next(name for name in chain([image.stem], numbered) if name not in names))
     return names

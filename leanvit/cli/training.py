@@ -221,7 +221,7 @@ def slowdowns(rows: Iterable[Row]) -> list[str]:
 def run_folder(output: Path | None, experiment: str, names: list[str]) -> Path:
     """The folder of a run: as asked for, else named by what is run, under ``runs/``."""
     last_parts = [re.split(r"[/:]", name.rstrip("/"))[-1] for name in names]
-    return (output or Path("runs", "-".join(last_parts))) / experiment
+    return (output or Path("runs", "-".join(last_parts))).expanduser() / experiment
 
 
 def check_folder(folder: Path, resume: bool) -> bool:

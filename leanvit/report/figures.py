@@ -83,7 +83,7 @@ def _predictions(explanation: Explanation) -> Figure:
     figure = _figure(3.0 + 3.8 * len(outcomes), 3.2)
     photo, *panels = figure.subplots(1, 1 + len(outcomes), width_ratios=[1.1, *[1.0] * len(outcomes)])
     photo.imshow(explanation.photo)
-    photo.set_title(explanation.label or explanation.name, fontsize=10, loc="left")
+    photo.set_title(explanation.label or explanation.name, fontsize=10, loc="left", parse_math=False)
     photo.axis("off")
     for axes, outcome in zip(panels, outcomes, strict=True):
         top = outcome.top[::-1]
@@ -94,7 +94,7 @@ def _predictions(explanation: Explanation) -> Figure:
             height=0.3,
         )
         for place, one in enumerate(top):
-            axes.text(0, place + 0.24, f"{one.name}  {one.probability:.0%}", fontsize=9, va="bottom")
+            axes.text(0, place + 0.24, f"{one.name}  {one.probability:.0%}", fontsize=9, va="bottom", parse_math=False)
         axes.set(xlim=(0, 1), ylim=(-0.4, len(top)), xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         axes.set_title(

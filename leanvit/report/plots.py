@@ -161,7 +161,9 @@ def _label_points(figure: Figure, axes: Axes, marks: Sequence[tuple[float, float
         for start, end in pairwise(corners):
             taken += [_around(start + (end - start) * part, pixels) for part in np.linspace(0, 1, 100)]
     for mark, (x, y), name in zip(marks, anchors, names, strict=True):
-        label = axes.annotate(name, mark, xytext=(0, 0), textcoords="offset points", fontsize=9, zorder=4)
+        label = axes.annotate(
+            name, mark, xytext=(0, 0), textcoords="offset points", fontsize=9, zorder=4, parse_math=False
+        )
         size = label.get_window_extent()
         for across, up, distance in _PLACES:
             # The box's lower left corner: away from the mark on either axis, or centred on it.
@@ -205,7 +207,7 @@ def _figure(panels: int, title: str = "") -> Figure:
     FigureCanvasAgg(figure)  # not pyplot: no window, no state left behind
     figure.subplots(1, panels)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title, fontsize=12, parse_math=False)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9", linewidth=0.8)

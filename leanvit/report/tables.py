@@ -139,7 +139,7 @@ class Table:
         same = [name for name in columns if name in _BELOW and len({row.get(name) for row in self.rows}) == 1]
         below = ", ".join(f"{_heading(name)} {self.rows[0][name]}" for name in same)
         table = RichTable(
-            title=self.title or None,
+            title=escape(self.title) or None,
             caption=below or None,
             title_justify="left",
             caption_justify="left",

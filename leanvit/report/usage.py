@@ -63,7 +63,7 @@ def by_class(classes: list[dict[str, Any]], most: int = 20) -> Figure:
     names = [row["class"].split(",")[0] for row in shown]
     axes.barh(range(len(shown)), [row["gmacs"] for row in shown], color=LEAN)
     axes.set(yticks=range(len(shown)), xlabel="mean GMACs an image")
-    axes.set_yticklabels(names)
+    axes.set_yticklabels(names, parse_math=False)
     axes.set_xlim(left=0.9 * min(row["gmacs"] for row in shown))
     axes.invert_yaxis()
     _plain(axes, along="x")
