@@ -429,6 +429,9 @@ def _find_split(root: Path, split: str | None, training: bool) -> Path:
         folders = {name for name in inside if (root / name).is_dir()}
         # Divided only if there are none but splits: among other classes, `train` is one that runs on rails.
         if not folders or not folders <= {*TRAIN_SPLITS, *VAL_SPLITS}:
+            if folders & {*TRAIN_SPLITS} and folders & {*VAL_SPLITS}:
+                others = _some(sorted(folders - {*TRAIN_SPLITS, *VAL_SPLITS}))
+                raise DataError(f"{root} holds splits and other folders ({others}); name the split, or move these away")
             return root
         wanted = TRAIN_SPLITS if training else VAL_SPLITS
     else:

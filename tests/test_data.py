@@ -168,6 +168,14 @@ class TestSplits:
             picture(0).save(tmp_path / name / "x.png")
         assert open_data(tmp_path, training=True).classes == ["bus", "train"]
 
+    def test_other_folders_beside_both_splits(self, make_folder) -> None:
+        make_folder(name="root/train")
+        root = make_folder(name="root/val").parent
+        (root / "annotations").mkdir()
+        with pytest.raises(DataError, match=r"holds splits and other folders \(annotations\); name the split"):
+            open_data(root, training=True)
+        assert len(open_data(root, split="val")) == 20
+
     def test_unknown_split(self, make_folder) -> None:
         with pytest.raises(DataError, match="has no split 'val'; it holds class0, class1"):
             open_data(make_folder(), split="val")

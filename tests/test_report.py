@@ -561,3 +561,12 @@ def test_the_package_carries_what_the_page_is_made_of() -> None:
     (pattern,) = [one for one in project["tool"]["setuptools"]["package-data"]["leanvit"] if "page" in one]
     package = Path(leanvit.__file__).parent
     assert {file.suffix for file in package.glob(pattern)} >= {".html", ".css", ".js"}
+
+
+@pytest.mark.parametrize(("name", "own"), [("b", "b"), ("renamed", "a")])
+def test_of_several_lean_models_a_run_takes_its_own_rows(tiny_vit, name, own) -> None:
+    model = leanvit.slim(tiny_vit, leanvit.GLAD(at=(2,)))
+    methods = {"dense": "dense", "a": str(model.lean), "b": "castling"}
+    rows = [{"model": row, "method": method, "row": row} for row, method in methods.items()]
+    found = gather._own_rows(gather.Run(name, Path("run"), model, {"rows": rows}))
+    assert [(row["model"], row["row"]) for row in found] == [("dense", "dense"), (name, own)]

@@ -327,8 +327,8 @@ def _recorded(runs: Sequence[Run], dense: nn.Module, now: Source, timing: Mappin
     rows: list[Row] = []
     sources: list[Source] = []
     for run in runs:
-        if recorded := run.results.get("rows"):
-            rows += [{**_renamed(row, run), "source": len(sources)} for row in recorded]
+        if run.results.get("rows"):
+            rows += [{**row, "source": len(sources)} for row in _own_rows(run)]
             sources.append(_results_source(run))
     timed = {run.name: run.model for run in runs if not run.results.get("rows")}
     missing = ["No photos: give --data-dir to see what the model makes of them, and to measure accuracy now."]
@@ -414,10 +414,24 @@ def find_dense(runs: Sequence[Run], teacher: str | None) -> tuple[nn.Module, boo
     return timm.create_model(architecture, **model_arguments(lean.model)).eval(), False
 
 
-def _renamed(row: Row, run: Run) -> Row:
-    """A row of a run's own results: its model is called as the run is, the one beside it dense."""
-    is_dense = row.get("method") == DENSE or row["model"] == DENSE
-    return {**row, "model": DENSE if is_dense else run.name}
+def _own_rows(run: Run) -> list[Row]:
+    """The rows of a run's results: those of its model, called as the run is, and those of the dense one beside it.
+
+    Where the results compare several lean models, the run's is the one of its name, else of its method.
+    """
+    rows: Sequence[Row] = run.results["rows"]
+    is_dense = [row.get("method") == DENSE or row["model"] == DENSE for row in rows]
+    names = {row["model"] for row, dense in zip(rows, is_dense, strict=True) if not dense}
+    if len(names) > 1 and run.name in names:
+        names = {run.name}
+    elif len(names) > 1:
+        names = {row["model"] for row in rows if row.get("method") == str(getattr(run.model, "lean", DENSE))}
+    called = {True: DENSE, False: run.name}
+    return [
+        {**row, "model": called[dense]}
+        for row, dense in zip(rows, is_dense, strict=True)
+        if dense or row["model"] in names
+    ]
 
 
 def _results_source(run: Run) -> Source:
