@@ -27,6 +27,9 @@ DAMAGE_LIMIT = 0.01
 TRAIN_SPLITS = ("train", "training")
 VAL_SPLITS = ("val", "validation", "valid", "eval", "evaluation", "test")
 
+SCHEMES = ("wds", "hfds", "hfids", "tfds")
+"""What a path starts with, before a slash, where another reader than that of folders and tars finds the images."""
+
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 DIGITS_CONFIG: dict[str, Any] = {
     "input_size": (1, 8, 8),
@@ -394,7 +397,18 @@ def _prepare(
     return ImageData(reader, path, transform, mode=IMAGE_MODES[channels], crop_pct=config.get("crop_pct"), **labelling)
 
 
+def check_there(path: str) -> None:
+    """Refuse a path of images that names no file or folder; whether a scheme's name means any, its reader knows.
+
+    Raises:
+        DataError: Nothing is there.
+    """
+    if path != "digits" and path.partition("/")[0] not in SCHEMES and not Path(path).expanduser().exists():
+        raise DataError(f"no such file or folder: {path}")
+
+
 def _open_reader(path: str, split: str | None, training: bool, class_map: ClassMap = "") -> ImageReader:
+    check_there(path)
     scheme, _, rest = path.partition("/")
     if class_map and scheme in ("digits", "wds"):
         raise ConfigError(f"{path}: a class map is for named classes, and these come with their labels")
@@ -422,16 +436,16 @@ def _is_train_split(split: str | None, training: bool) -> bool:
 
 def _find_split(root: Path, split: str | None, training: bool) -> Path:
     """The folder or file that holds a split; `root` itself where it is not divided."""
-    if not root.exists():
-        raise DataError(f"no such file or folder: {root}")
     inside = sorted(entry.name for entry in root.glob("[!.]*")) if root.is_dir() else []
     if split is None:
-        folders = {name for name in inside if (root / name).is_dir()}
+        folders = [name for name in inside if (root / name).is_dir()]
+        others = [name for name in folders if name not in TRAIN_SPLITS + VAL_SPLITS]
+        if others and not {*folders}.isdisjoint(TRAIN_SPLITS) and not {*folders}.isdisjoint(VAL_SPLITS):
+            raise DataError(
+                f"{root} holds splits and other folders ({_some(others)}); name the split, or move these away"
+            )
         # Divided only if there are none but splits: among other classes, `train` is one that runs on rails.
-        if not folders or not folders <= {*TRAIN_SPLITS, *VAL_SPLITS}:
-            if folders & {*TRAIN_SPLITS} and folders & {*VAL_SPLITS}:
-                others = _some(sorted(folders - {*TRAIN_SPLITS, *VAL_SPLITS}))
-                raise DataError(f"{root} holds splits and other folders ({others}); name the split, or move these away")
+        if others or not folders:
             return root
         wanted = TRAIN_SPLITS if training else VAL_SPLITS
     else:

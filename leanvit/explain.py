@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .bench import take_turns
 from .count import count, deployed_form
-from .data import IMAGE_MODES, data_config, read_class_names
+from .data import IMAGE_MODES, data_config, known_classes, read_class_names
 from .errors import ConfigError, RestoreError
 from .model import Grid, LeanModel, Tokens, data_dependent, restore, with_blocks
 from .photos import in_mode, read_photo
@@ -464,8 +464,7 @@ def class_descriptions(model: nn.Module, names: Sequence[str] | str | os.PathLik
     if given is not None and len(given) != classes:
         raise ConfigError(f"{len(given)} class names for a model of {classes} classes")
     if given is None:
-        known: Any = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-        given = list(known.values() if isinstance(known, dict) else known)
+        given = known_classes(model)
         if classes == 1000 and len(given) != classes:
             given = _imagenet().label_names()
     if len(given) != classes:

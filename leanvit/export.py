@@ -21,7 +21,7 @@ from timm.data import ImageNetInfo, create_transform
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from .count import deployed_form, input_size
+from .count import deployed_form
 from .data import ImageSource, data_config, image_batches, known_classes
 from .engines import OnnxFile, OnnxRuntime, has_graph, require
 from .errors import ConfigError, ExportError, LeanVitWarning, UnsupportedModelError
@@ -139,7 +139,6 @@ def export(
         warnings.warn("the model is not deployed; its deployed form is exported", LeanVitWarning, stacklevel=2)
     model = copy.deepcopy(deployed_form(model)).cpu().eval().requires_grad_(False)
     photos = torch.cat(list(image_batches(sample_photos(model) if images is None else images, model, CHECKED, CHECKED)))
-    input_size(model, (photos.shape[-2], photos.shape[-1]))
     with written_whole(path) as part, torch.no_grad():
         with _explained(axes):
             # Of a batch of one, torch would freeze the batch size.

@@ -163,10 +163,8 @@ class _Training:
             optimizer = _optimizer(model, config)
             self.schedule = _schedule(optimizer, config, self.updates_per_epoch)
         except (ValueError, RuntimeError, AssertionError, ImportError) as reason:
-            what = (
-                f"opt={config.opt}, sched={config.sched}, epochs={config.epochs}, warmup_epochs={config.warmup_epochs}"
-            )
-            raise ConfigError(f"timm cannot train with {what}: {' '.join(str(reason).split())}") from reason
+            given = ", ".join(f"{name}={getattr(config, name)}" for name in ("opt", "sched", "epochs", "warmup_epochs"))
+            raise ConfigError(f"timm cannot train with {given}: {' '.join(str(reason).split())}") from reason
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=True) if config.model_ema else None
         self.updates = 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, get_type_hints
 
 import typer
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -126,9 +126,10 @@ def _known_trackers(names: list[str]) -> list[str]:
 
 def data_there(path: str | None) -> str | None:
     """Refuse a folder or file of images that does not exist before a model is fetched for them."""
-    named = path is None or path.startswith(("digits", "wds/", "hfds/", "hfids/", "tfds/"))
-    if not named and not Path(str(path)).expanduser().exists():
-        raise DataError(f"no such file or folder: {path}")
+    from ..data import check_there
+
+    if path is not None:
+        check_there(path)
     return path
 
 

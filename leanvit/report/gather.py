@@ -420,18 +420,16 @@ def _own_rows(run: Run) -> list[Row]:
     Where the results compare several lean models, the run's is the one of its name, else of its method.
     """
     rows: Sequence[Row] = run.results["rows"]
-    is_dense = [row.get("method") == DENSE or row["model"] == DENSE for row in rows]
-    names = {row["model"] for row, dense in zip(rows, is_dense, strict=True) if not dense}
-    if len(names) > 1 and run.name in names:
-        names = {run.name}
-    elif len(names) > 1:
-        names = {row["model"] for row in rows if row.get("method") == str(getattr(run.model, "lean", DENSE))}
-    called = {True: DENSE, False: run.name}
-    return [
-        {**row, "model": called[dense]}
-        for row, dense in zip(rows, is_dense, strict=True)
-        if dense or row["model"] in names
-    ]
+    own = [row for row in rows if not _is_dense(row)]
+    if len({row["model"] for row in own}) > 1:
+        method = str(getattr(run.model, "lean", DENSE))
+        own = [row for row in own if row["model"] == run.name] or [row for row in own if row.get("method") == method]
+    called = {False: run.name, True: DENSE}
+    return [{**row, "model": called[_is_dense(row)]} for row in rows if _is_dense(row) or row in own]
+
+
+def _is_dense(row: Row) -> bool:
+    return row.get("method") == DENSE or row["model"] == DENSE
 
 
 def _results_source(run: Run) -> Source:
