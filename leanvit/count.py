@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .data import data_config
-from .errors import ConfigError, InputSizeError, UnsupportedModelError
+from .errors import ConfigError, DataError, InputSizeError, UnsupportedModelError
 from .model import LeanModel, deploy
 from .record import Recorder, record
 
@@ -97,7 +97,7 @@ def count(
     model = deployed_form(model)
     if images is None:
         images = random_images(model, img_size, batch)
-    input_size(model, (images.shape[-2], images.shape[-1]))
+    check_images(model, images)
     with evaluating(model), torch.no_grad():
         images = images.to(next(model.parameters()))
         counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
@@ -348,6 +348,28 @@ def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
         if (height % patch[0] or width % patch[1]) and not getattr(patches, "dynamic_img_pad", False):
             raise InputSizeError(f"image size {height}x{width} is no multiple of the patch size {patch[0]}x{patch[1]}")
     return channels, height, width
+
+
+def check_images(model: nn.Module, images: Tensor) -> None:
+    """Refuse images that a model does not take.
+
+    Args:
+        model: A timm model.
+        images: ``(B, C, H, W)``.
+
+    Raises:
+        DataError: They have another shape, or are integers.
+        InputSizeError: They have another size, or another number of channels.
+    """
+    if images.ndim != 4:
+        raise DataError(f"a batch of images has the shape (B, C, H, W), not {tuple(images.shape)}")
+    if not hasattr(model, "patch_embed"):  # what another module takes is not known
+        return
+    if not images.is_floating_point():
+        raise DataError(f"images are floating point, normalised as the model asks (data_config), not {images.dtype}")
+    channels, *_ = input_size(model, (images.shape[-2], images.shape[-1]))
+    if images.shape[1] != channels:
+        raise InputSizeError(f"the images have {images.shape[1]} channels, the model takes {channels}")
 
 
 def random_images(model: nn.Module, img_size: int | tuple[int, int] | None = None, batch: int = 1) -> Tensor:

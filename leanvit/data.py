@@ -7,6 +7,8 @@ import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -260,25 +262,30 @@ def loader(
     workers: int = 0,
     seed: int = 0,
     drop_last: bool = False,
+    refill: bool = False,
 ) -> DataLoader[Any]:
     """A loader that leaves damaged images out of their batch, and gives the same order for the same seed.
 
-    A batch can be smaller for it; where all of it was damaged, it is empty: ``len(images) == 0``.
+    A batch can be smaller for it; where all of it was damaged, it is empty: ``len(images) == 0``. With `refill` it
+    holds the first image of the data set that can be read.
     """
     return DataLoader(
         dataset,
         batch_size,
         shuffle=shuffle,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, spare=dataset) if refill else collate,
         drop_last=drop_last,
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def collate(samples: Sequence[Any]) -> Any:
-    """Stack the samples that could be read."""
+def collate(samples: Sequence[Any], spare: Dataset[Any] | None = None) -> Any:
+    """Stack the samples that could be read; where none could, the first that can of the data set `spare`."""
     read = [sample for sample in samples if sample is not None]
+    if not read and spare is not None:
+        others = map(spare.__getitem__, range(len(spare)))  # type: ignore[arg-type]
+        read = list(islice((sample for sample in others if sample is not None), 1))
     return default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.long))
 
 
@@ -296,21 +303,43 @@ def image_batches(source: ImageSource, model: nn.Module, batch_size: int, limit:
 
     Raises:
         DataError: Nothing is there, or no images.
-        InputSizeError: The model does not take images of their size.
+        InputSizeError: The model does not take images of their size or number of channels.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} is not positive")
-    from .count import input_size  # which takes the models' settings from here
+    from .count import check_images  # which takes the models' settings from here
 
     by_path = isinstance(source, str | os.PathLike)
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
         source = _prepare(_open_reader(path, None, True), path, model)
     for images in _image_batches(source, batch_size, limit):
-        input_size(model, (images.shape[-2], images.shape[-1]))
+        check_images(model, images)
         yield images
     if by_path and isinstance(source, Dataset) and (damage := report_damage(source)):
         warnings.warn(damage, LeanVitWarning, stacklevel=2)
+
+
+def labelled(batch: Any) -> tuple[Tensor, Tensor]:
+    """The images and the class indices ``(B,)``, int64, of a batch from anyone's data set.
+
+    Raises:
+        DataError: It is no such pair.
+    """
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[0], Tensor)):
+        raise DataError(f"a batch of labelled images is a pair (images, labels) of tensors, not {_kind(batch)}")
+    images, labels = batch
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        raise DataError(f"labels are class indices, one integer an image, not {_kind(labels)}")
+    return images, labels.long()
+
+
+def _kind(thing: Any) -> str:
+    if isinstance(thing, Tensor):
+        return f"a tensor of shape {tuple(thing.shape)}, {thing.dtype}"
+    if isinstance(thing, list | tuple) and len(thing) < 5:
+        return f"a {type(thing).__name__} of ({', '.join(type(part).__name__ for part in thing)})"
+    return f"a {type(thing).__name__}"
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -339,9 +368,7 @@ def _image_batches(
         if limit is not None:
             images = images[: limit - seen]
         if len(images):
-            if images.ndim != 4:
-                raise DataError(f"a batch of images has the shape (B, C, H, W), not {tuple(images.shape)}")
-            yield images
+            yield images.float() if images.dtype is torch.float64 else images
         seen += len(images)
         if seen == limit:
             break

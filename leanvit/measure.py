@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .bench import bench, peak_memory, realised_share
-from .count import Cost, Share, constant_macs, count, deployed_form, evaluating, input_size, macs_of_each
-from .data import check_labels, loader, open_data
+from .count import Cost, Share, check_images, constant_macs, count, deployed_form, evaluating, macs_of_each
+from .data import check_labels, labelled, loader, open_data
 from .engines import PRECISIONS, check_engines
 from .errors import ConfigError, DataError, UnsupportedModelError
 from .model import LeanModel
@@ -161,12 +161,11 @@ def evaluate(
     constant = constant_macs(model) if varying else 0.0
     with evaluating(model), evaluating(model if teacher is None else teacher), torch.inference_mode(), autocast:
         guide = None if teacher is None else Teacher(teacher.to(device), model, tokens=False)
-        for images, labels in track(
-            batches, "evaluating", console=Console(stderr=True), transient=True, disable=not progress
-        ):
+        for batch in track(batches, "evaluating", console=Console(stderr=True), transient=True, disable=not progress):
+            images, labels = labelled(batch)
             if len(images):
+                check_images(model, images)
                 images = images.to(device, non_blocking=True)
-                input_size(model, images.shape[-2:])
                 with record("macs", "density") as found:
                     logits = model(images.to(dtype or images.dtype))
                 macs = macs_of_each(model, images, found, constant) if varying else None

@@ -566,6 +566,17 @@ def restore(model: nn.Module) -> VisionTransformer:
     return dense
 
 
+def check_patches(model: VisionTransformer) -> None:
+    """Refuse a hybrid, whose patches are those of another network's maps.
+
+    Raises:
+        UnsupportedModelError: The model does not cut the image itself into patches.
+    """
+    if not isinstance(model.patch_embed, PatchEmbed):
+        name = type(model.patch_embed).__name__
+        raise UnsupportedModelError(f"a patch embedding of kind {name} is not supported; only timm's PatchEmbed is")
+
+
 def check_supported(model: Any) -> None:
     """Refuse by name a model, block or attention whose forward pass leanvit does not know."""
     if isinstance(model, LeanModel):
@@ -573,9 +584,7 @@ def check_supported(model: Any) -> None:
     if type(model) not in _LEAN_CLASSES:
         known = ", ".join(cls.__name__ for cls in _LEAN_CLASSES)
         raise UnsupportedModelError(f"{type(model).__name__} is not supported; timm's {known} are")
-    if not isinstance(model.patch_embed, PatchEmbed):
-        name = type(model.patch_embed).__name__
-        raise UnsupportedModelError(f"a patch embedding of kind {name} is not supported; only timm's PatchEmbed is")
+    check_patches(model)
     if not isinstance(model.patch_drop, nn.Identity):
         raise UnsupportedModelError("patch dropout is not supported: methods need every patch; use patch_drop_rate=0")
     for index, block in enumerate(model.blocks):

@@ -23,6 +23,8 @@ Row = dict[str, Any]
 """What is known of one epoch: its number, train loss and terms, val top-1, lr and images/s."""
 
 KEPT_CHECKPOINTS = 2
+PUBLISHED = ("last", "best")
+"""The models of a run, of its newest epoch and of its best one."""
 RESULT_NEUTRAL = frozenset({"track"})
 """Settings that a run may be resumed with another value of: they change no result."""
 
@@ -36,7 +38,8 @@ class RunFolder:
         resume: Whether to go on from what is there.
 
     Raises:
-        ConfigError: There is a run already and `resume` is not asked for, or it was made with other settings.
+        ConfigError: There is a run already and `resume` is not asked for, or it was made with other settings, or
+            there are models of a run without its checkpoints.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], resume: bool) -> None:
@@ -45,6 +48,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; give a folder for the run")
         if self.latest() is None:
+            self._check_no_model()
             return
         if not resume:
             raise ConfigError(
@@ -59,8 +63,10 @@ class RunFolder:
 
     def start(self) -> None:
         """Write the settings and clear away what a killed run left half-written."""
-        for leftover in self.path.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(leftover)
+        drafts = (f".{name}.*.{kind}" for name in PUBLISHED for kind in ("draft", "old"))  # of `leanvit.save`
+        for pattern in (".checkpoint-*.tmp", *drafts):
+            for leftover in self.path.glob(pattern):
+                shutil.rmtree(leftover)
         with _writing_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             with written_whole(self.path / "args.yaml") as part:
@@ -105,6 +111,12 @@ class RunFolder:
                     writer.writeheader()
                     writer.writerows(table)
 
+    def _check_no_model(self) -> None:
+        """Refuse to train over models of which there is no checkpoint to go on from."""
+        for name in PUBLISHED:
+            if (self.path / name / "config.json").is_file():
+                raise ConfigError(f"{self.path} holds a model in {name}/ and no checkpoint; give another folder")
+
     def _checkpoints(self) -> list[Path]:
         numbered = {
             int(match[1]): path
@@ -138,7 +150,7 @@ def unfinished(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     if not path.is_dir():
         return "there is no such folder"
-    if not any((folder / "config.json").is_file() for folder in (path, path / "best", path / "last")):
+    if not any((folder / "config.json").is_file() for folder in (path, *(path / name for name in PUBLISHED))):
         return "it holds no model"
     if not (path / "args.yaml").is_file():
         return ""

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError, InputSizeError, LeanVitError, UnsupportedModelError
-from .model import HEADS
+from .model import HEADS, check_patches
 
 FORMAT_VERSION = 1
 """Of the ``leanvit`` part of ``config.json``; what is newer than the reader is refused."""
@@ -95,6 +95,7 @@ def load(folder: PathLike) -> VisionTransformer:
     _check_keys(model, shapes, folder / WEIGHTS)
     # Assigned to keep their precision; cloned because they lie unaligned in the mapped file, which is slow.
     weights = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
+    _check_kinds(model, weights, folder / WEIGHTS)
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -115,6 +116,11 @@ def read_config(folder: PathLike) -> dict[str, Any]:
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(architecture, str):
         raise CheckpointError(f"{file} names no architecture")
+    names = config.get("label_names") or []
+    if not isinstance(names, list | dict) or not all(
+        isinstance(name, str) for name in (names.values() if isinstance(names, dict) else names)
+    ):
+        raise CheckpointError(f"{file}: label_names is not a list of class names")
     if "leanvit" in config:
         _check_lean_config(config["leanvit"], file)
     if not timm.is_model(architecture):
@@ -377,7 +383,7 @@ def _lean_config(model: nn.Module) -> dict[str, Any]:
 
 def _check_lean_config(block: Any, file: Path) -> None:
     version = block.get("version") if isinstance(block, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"{file}: its leanvit part has no version")
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{file} has version {version}, this leanvit reads up to {FORMAT_VERSION}; upgrade it")
@@ -443,6 +449,13 @@ def _check_keys(model: nn.Module, shapes: Mapping[str, Shape], file: Path) -> No
             )
 
 
+def _check_kinds(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Any precision will do, but not integers for weights."""
+    for key, own in model.state_dict().items():
+        if weights[key].is_floating_point() != own.is_floating_point():
+            raise CheckpointError(f"{file} is damaged: {key} is {weights[key].dtype} and should be like {own.dtype}")
+
+
 def _differs_in_grid(model: VisionTransformer, shapes: Mapping[str, Shape]) -> bool:
     """Whether a file has the model's position embedding, but for another square of patches."""
     found = shapes.get("pos_embed", ())
@@ -504,6 +517,7 @@ def _create(name: str, pretrained: bool, **options: Any) -> VisionTransformer:
 def _plain(model: nn.Module) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(f"{type(model).__name__} is not supported; timm's VisionTransformer is")
+    check_patches(model)
     return model
 
 

@@ -32,15 +32,15 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .count import input_size
-from .data import check_labels, class_names, loader, open_data, open_held_out, report_damage
+from .count import check_images
+from .data import check_labels, class_names, labelled, loader, open_data, open_held_out, report_damage
 from .errors import ConfigError, DataError, TrainingDiverged, UnsupportedModelError
 from .methods.base import LeanModule
 from .model import LeanModel, digests
 from .objective import Objective, Teacher
 from .ops.processor import has_bf16, warn_of_emulation
 from .progress import TrainingBar
-from .runs import Row, RunFolder, reading
+from .runs import PUBLISHED, Row, RunFolder, reading
 from .store import save
 from .train_config import TrainConfig
 
@@ -225,11 +225,13 @@ class _Training:
         self.objective.train()
         sums: defaultdict[str, float] = defaultdict(float)
         seen, steps, lr, start = 0, 0, 0.0, time.perf_counter()
-        for images, targets in self._train_loader(epoch):
-            if not len(images):  # every image of the batch was damaged
-                continue
+        batches, to_update = self._train_loader(epoch), self.config.grad_accum_steps
+        for index, batch in enumerate(batches):
+            images, targets = labelled(batch)
+            # accelerate divides each loss by the batches to an update, but an epoch's last update can have fewer.
+            scale = to_update / min(to_update, len(batches) - index // to_update * to_update)
             with self.accelerator.accumulate(self.objective):
-                terms = self._step(images, targets)
+                terms = self._step(images, targets, scale)
             seen, steps = seen + len(images) * self.accelerator.num_processes, steps + 1
             for name, value in terms.items():
                 sums[name] += value
@@ -240,14 +242,15 @@ class _Training:
         means = {f"train_{name}": value / steps for name, value in sums.items()}
         return {**means, "lr": lr, "images_per_second": seen / (time.perf_counter() - start)}
 
-    def _step(self, images: Tensor, targets: Tensor) -> dict[str, float]:
-        """Forward, backward and, once enough batches are in, an update.
+    def _step(self, images: Tensor, targets: Tensor, scale: float) -> dict[str, float]:
+        """Forward, backward with the loss times `scale` and, once enough batches are in, an update.
 
         Returns:
             The loss and its terms, mean over all processes.
         """
         _set_progress(self.model, min(self.updates / self.total_updates, 1.0))
-        input_size(self.model, (images.shape[-2], images.shape[-1]))
+        check_images(self.model, images)
+        images = images.float()
         check_labels(targets, self.model.num_classes)  # type: ignore[arg-type]
         if self.mix is not None and len(images) > 1:
             even = len(images) // 2 * 2  # a damaged image can leave an odd number
@@ -261,7 +264,7 @@ class _Training:
         measured = dict(zip(terms, means.tolist(), strict=True))
         if not all(map(math.isfinite, measured.values())):
             self._diverged(", ".join(f"{name} {value:g}" for name, value in measured.items()))
-        self.accelerator.backward(terms["loss"])
+        self.accelerator.backward(terms["loss"] * scale)
         if self.config.clip_grad and self.accelerator.sync_gradients:
             self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_grad)
         self.optimizer.step()
@@ -289,7 +292,8 @@ class _Training:
         self.kept.eval()
         batches = loader(dataset, self.config.batch_size, workers=self.config.workers)
         counts = torch.zeros(2, device=self.accelerator.device)
-        for images, labels in self._share(batches, even=False):
+        for batch in self._share(batches, even=False):
+            images, labels = labelled(batch)
             if len(images):
                 with self.accelerator.autocast():
                     right = self.kept(images).argmax(dim=-1) == labels
@@ -307,6 +311,7 @@ class _Training:
             workers=self.config.workers,
             seed=_seed(self.config.seed, epoch),
             drop_last=images >= batch_size * self.accelerator.num_processes,
+            refill=True,  # a process without a batch would leave the others waiting for it
         )
         return self._share(batches, even=True)
 
@@ -338,7 +343,7 @@ class _Training:
         folder.write_rows(self.history)
         newest = self.history[-1]
         names = class_names(self.train_data, self.kept)
-        for name in ("last", "best") if self.best is newest else ("last",):
+        for name in PUBLISHED if self.best is newest else ("last",):
             save(self.kept, folder.path / name, overwrite=True, class_names=names, extra=newest)  # type: ignore[arg-type]
 
     def _remember_best(self) -> None:
@@ -454,7 +459,10 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     named = [
         {"params": members, "lr_scale": scale, "weight_decay": decay} for (scale, decay), members in groups.items()
     ]
-    return create_optimizer_v2(model, config.opt, lr=config.lr, param_group_fn=lambda _: named)
+    optimizer = create_optimizer_v2(model, config.opt, lr=config.lr, param_group_fn=lambda _: named)
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"{config.opt} needs second derivatives, and training keeps no graph for them")
+    return optimizer
 
 
 @cache

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from leanvit import data
-from leanvit.data import data_config, image_batches, loader, open_data, open_held_out, report_damage
-from leanvit.errors import ConfigError, DataError
+from leanvit.data import data_config, image_batches, labelled, loader, open_data, open_held_out, report_damage
+from leanvit.errors import ConfigError, DataError, InputSizeError
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 48), mode: str = "RGB") -> Image.Image:
@@ -445,6 +445,12 @@ class TestDamage:
         sizes = [len(images) for images, _ in loader(open_data(folder, tiny_vit), 1)]
         assert sizes == [0] + [1] * 19
 
+    def test_a_batch_can_be_filled_again(self, make_folder, tiny_vit) -> None:
+        folder = make_folder()
+        truncate(folder / "class0" / "0.jpg")
+        (images, labels), *others = loader(open_data(folder, tiny_vit), 1, refill=True)
+        assert len(others) == 19 and torch.equal(images, others[0][0]) and torch.equal(labels, others[0][1])
+
     @pytest.mark.parametrize("workers", [0, 1])
     def test_too_much_stops(self, make_folder, tiny_vit, workers) -> None:
         folder = make_folder()
@@ -499,6 +505,27 @@ class TestLoader:
         alone = torch.cat([images for images, _ in loader(dataset, 5)])
         together = torch.cat([images for images, _ in loader(dataset, 5, workers=2)])
         assert torch.equal(alone, together)
+
+
+class TestLabelled:
+    def test_any_integers_for_labels(self) -> None:
+        images, labels = labelled([torch.zeros(2, 3, 8, 8), torch.tensor([1, 0], dtype=torch.int32)])
+        assert images.shape == (2, 3, 8, 8) and labels.dtype is torch.int64
+
+    @pytest.mark.parametrize(
+        ("batch", "match"),
+        [
+            ({"image": torch.zeros(2, 3, 8, 8)}, r"a pair \(images, labels\) of tensors, not a dict"),
+            (torch.zeros(2, 3, 8, 8), r"a pair .*, not a tensor of shape \(2, 3, 8, 8\), torch\.float32"),
+            ([torch.zeros(2, 3, 8, 8), torch.zeros(2), ["a", "b"]], r"not a list of \(Tensor, Tensor, list\)"),
+            ([torch.zeros(2, 3, 8, 8), ["a", "b"]], r"labels are class indices, .*not a list of \(str, str\)"),
+            ([torch.zeros(2, 3, 8, 8), torch.ones(2)], r"labels are .* not a tensor of shape \(2,\), torch\.float32"),
+            ([torch.zeros(2, 3, 8, 8), torch.eye(2)], r"labels are .* not a tensor of shape \(2, 2\)"),
+        ],
+    )
+    def test_what_is_no_labelled_batch(self, batch, match) -> None:
+        with pytest.raises(DataError, match=match):
+            labelled(batch)
 
 
 class TestDataConfig:
@@ -561,12 +588,21 @@ class TestImageBatches:
         [
             (torch.empty(0, 3, 32, 32), "there are no images"),
             (torch.zeros(3, 32, 32), r"shape \(B, C, H, W\), not \(3, 32, 32\)"),
+            (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"images are floating point, .*not torch\.uint8"),
             (7, "given as a path, a data set, a loader or a tensor, not a int"),
         ],
     )
     def test_no_images(self, source, match, tiny_vit) -> None:
         with pytest.raises(DataError, match=match):
             list(image_batches(source, tiny_vit, 4))
+
+    def test_other_channels_than_the_models(self, tiny_vit) -> None:
+        with pytest.raises(InputSizeError, match="the images have 1 channels, the model takes 3"):
+            list(image_batches(torch.zeros(1, 1, 32, 32), tiny_vit, 4))
+
+    def test_images_of_numpys_precision(self, tiny_vit) -> None:
+        (batch,) = image_batches(torch.from_numpy(np.zeros((2, 3, 32, 32))), tiny_vit, 4)
+        assert batch.dtype is torch.float32
 
     def test_limit_must_be_positive(self, tiny_vit) -> None:
         with pytest.raises(ConfigError, match="limit=0 is not positive"):

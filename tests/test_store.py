@@ -322,6 +322,12 @@ class TestLoading:
         ):
             load(saved_lean)
 
+    def test_integers_for_weights(self, saved) -> None:
+        weights = load_file(saved / "model.safetensors")
+        save_file(weights | {"head.bias": weights["head.bias"].long()}, saved / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"is damaged: head\.bias is torch\.int64 and should be like"):
+            load(saved)
+
     @pytest.mark.parametrize("text", ["", "{", "\xff", "[]", "{}", '{"architecture": 3}'])
     def test_config_that_is_none(self, saved, text) -> None:
         (saved / "config.json").write_text(text, encoding="latin-1")
@@ -342,6 +348,11 @@ class TestLoading:
                 "has version 2, this leanvit reads up to 1; upgrade it",
             ),
             (lambda c: c["leanvit"].pop("version"), "its leanvit part has no version"),
+            (lambda c: c["leanvit"].update(version=True), "its leanvit part has no version"),
+            (lambda c: c.update(label_names=7), "label_names is not a list of class names"),
+            (lambda c: c.update(label_names=[1, 2]), "label_names is not a list of class names"),
+            (lambda c: c.update(model_args=None), "describes no model that can be built"),
+            (lambda c: c["model_args"].update(embed_dim=0), "describes no model that can be built"),
             (lambda c: c.update(leanvit=[]), "its leanvit part has no version"),
             (lambda c: c["leanvit"].update(methods="dgssa"), r"leanvit\.methods is 'dgssa' and not a list"),
             (
@@ -469,6 +480,8 @@ class TestResolving:
             resolve_model(f"{prefix}{tmp_path}")
 
     def test_another_kind_of_model(self) -> None:
+        with pytest.raises(UnsupportedModelError, match="HybridEmbed is not supported"):
+            resolve_model("vit_tiny_r_s16_p8_224")
         with pytest.raises(UnsupportedModelError, match="ResNet is not supported; timm's VisionTransformer is"):
             resolve_model("resnet10t", pretrained=True)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import leanvit
-from leanvit.data import data_config
+from leanvit.data import data_config, loader
 from leanvit.errors import (
     CheckpointError,
     ConfigError,
@@ -75,6 +75,11 @@ class Still(Images):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
+
+
+class Unlabelled(Images):
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
 
 
 def tiny_model(**changes) -> nn.Module:
@@ -292,6 +297,32 @@ def test_accumulated_batches_make_the_update_of_one(tiny_vit):
         torch.testing.assert_close(weight, wanted, atol=1e-6, rtol=1e-4)
 
 
+def test_an_update_of_fewer_batches_at_an_epochs_end_counts_in_full(tiny_vit):
+    whole, rest = copy.deepcopy(tiny_vit), copy.deepcopy(tiny_vit)
+    fit(whole, Still(16), opt="sgd", grad_accum_steps=1, epochs=1)
+    fit(rest, Still(16), opt="sgd", grad_accum_steps=3, epochs=1)
+    for weight, wanted in zip(rest.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(weight, wanted)
+
+
+@pytest.mark.parametrize("damaged", [range(8), range(24, 32)])
+def test_a_batch_of_damaged_images_is_a_step_all_the_same(tiny_vit, damaged, monkeypatch):
+    """Left out, it would leave another process waiting, or an epoch without its last update."""
+    as_they_lie = lambda *data, shuffle=False, **options: loader(*data, **options)  # noqa: E731
+    monkeypatch.setattr(sys.modules["leanvit.train"], "loader", as_they_lie)
+
+    class Damaged(Still):
+        def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
+            return None if index in damaged else super().__getitem__(index)
+
+    training = _Training(
+        tiny_vit, None, Damaged(), None, TrainConfig(epochs=2, batch_size=8, grad_accum_steps=3), None, False, False
+    )
+    result = training.run()
+    assert training.updates == training.total_updates == 4
+    assert all(row["train_loss"] > 0 for row in result.history)
+
+
 def test_inherited_weights_have_their_own_learning_rate(tiny_vit):
     lean = leanvit.slim(tiny_vit, *METHODS)
     before = copy.deepcopy(lean.state_dict())
@@ -471,10 +502,29 @@ def test_labels_and_images_that_do_not_fit_the_model():
         fit(tiny_model(img_size=48))
 
 
-@pytest.mark.parametrize("options", [{"sched": "wsd", "warmup_epochs": 1}, {"opt": "fusedadam"}])
+@pytest.mark.parametrize("options", [{"sched": "wsd", "warmup_epochs": 1}, {"opt": "fusedadam"}, {"opt": "adahessian"}])
 def test_what_timm_cannot_set_up(tiny_vit, options):
     with pytest.raises(ConfigError, match=r"timm cannot train with opt=\w+, sched=\w+, epochs=1"):
         train(tiny_vit, Images(), epochs=1, progress=False, **options)
+
+
+def test_models_of_another_run_are_not_replaced(tiny_vit, tmp_path):
+    leanvit.save(tiny_vit, tmp_path / "best")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="holds a model in best/ and no checkpoint; give another folder"):
+            fit(tiny_vit, output=tmp_path, resume=resume)
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    for name in (".best.1a2b3c4d.draft", ".last.1a2b3c4d.old", ".checkpoint-3.tmp", ".mine"):
+        (tmp_path / name).mkdir()
+    RunFolder(tmp_path, {}, resume=True).start()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "args.yaml"]
+
+
+def test_data_that_is_not_labelled(tiny_vit):
+    with pytest.raises(DataError, match=r"a pair \(images, labels\) of tensors, not a tensor of shape"):
+        fit(tiny_vit, Unlabelled())
 
 
 def test_a_run_in_the_home_folder(tmp_path, monkeypatch):
