@@ -92,8 +92,14 @@ def test_nothing_to_compare_with(folders):
 
 def test_runs_of_the_same_name(folders, tmp_path):
     shutil.copytree(folders / "saved", tmp_path / "saved")
-    found = run("pareto", folders / "dense", folders / "saved", tmp_path / "saved", "--data-dir", "digits")
-    assert found.exit_code == 2 and "two runs have the same name" in found.stderr
+    other, out = tmp_path / "saved", tmp_path / "out"
+    given = ("pareto", folders / "dense", folders / "saved")
+    found = run(*given, other, "--data-dir", "digits", "--output", out, *QUICK)
+    assert found.exit_code == 0, found.stderr
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["dense", str(folders / "saved"), str(other)]
+    found = run(*given, folders / "saved", "--data-dir", "digits")
+    assert found.exit_code == 2 and "is given more than once" in found.stderr
 
 
 def test_other_sizes_and_engines_in_the_same_table(monkeypatch):

@@ -48,6 +48,7 @@ def pareto(
     from ..methods import parse
     from ..model import slim
     from ..pareto import measure, plots
+    from ..report.gather import short_names
     from ..runs import unfinished
     from ..store import resolve_model
 
@@ -62,11 +63,12 @@ def pareto(
         models[f"dense, {size} px"] = replace(choice, img_size=size).load()
     for text in method or ():
         models[text] = slim(dense, *parse(text), images=data.open(dense) if data.val_split else data.data_dir)
-    models |= {Path(run).name: resolve_model(run) for run in complete}
+    folders = [Path(run).expanduser() for run in complete]
+    models |= {name: resolve_model(str(folder)) for name, folder in zip(short_names(folders), folders, strict=True)}
     if len(models) < 2:
         raise ConfigError("nothing to compare with: no complete run, no --method and no --peer-img-size")
     if len(models) <= len(complete) + len(method or ()) + len(peer_img_size or ()):
-        raise ConfigError("two runs have the same name; give each folder its own")
+        raise ConfigError("a run, a method or a size is given more than once")
     for model in models.values():
         data.crop(model)
     table = measure(
