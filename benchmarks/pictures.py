@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -20,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import leanvit
@@ -69,21 +71,24 @@ def main() -> None:
 
 def macs_by_block() -> Figure:
     """MACs of every block of DeiT-T, dense and lean, as counted on the deployed form."""
-    vit = timm.create_model(MODEL).eval()
+    vit: Any = timm.create_model(MODEL).eval()
     lean = leanvit.slim(vit, leanvit.DGSSA(layers=(0, 1, 2, 3, 4, 5)), leanvit.GLAD(at=(6, 8, 10)))
     dense_cost, lean_cost = leanvit.count(vit), leanvit.count(lean)
     dense, slimmed = (
         [cost.by_layer[f"blocks.{index}"].macs / 1e6 for index in range(len(vit.blocks))]
         for cost in (dense_cost, lean_cost)
     )
-    tokens = [197] * 6 + [99] * 2 + [50] * 2 + [25] * 2
+    tokens: list[int] = []
+    for block in lean.blocks:
+        block.register_forward_hook(lambda _, given, left: tokens.append(left.x.shape[1]))
+    lean(torch.zeros(1, 3, 224, 224))
     figure = _figure(7.6, 3.9)
     axes = figure.subplots()
     blocks = np.arange(len(dense))
     axes.bar(blocks, dense, width=0.86, color="white", edgecolor="0.35", linestyle="--", zorder=2)
     axes.bar(blocks, slimmed, width=0.86, color=[ORANGE] * 6 + [BLUE] * 6, zorder=3)
-    for block, height, count in zip(blocks, slimmed, tokens, strict=True):
-        axes.text(block, height + 1.5, f"{count}", ha="center", fontsize=9, zorder=4)
+    for index, (height, count) in enumerate(zip(slimmed, tokens, strict=True)):
+        axes.text(index, height + 1.5, f"{count}", ha="center", fontsize=9, zorder=4)
     for stage in (6, 8, 10):
         axes.axvline(stage - 0.5, color=GREEN, linewidth=2.5, zorder=5)
     keys = [
@@ -217,9 +222,9 @@ def effective_rank(layers: Sequence[LayerStatistics]) -> Figure:
     return figure
 
 
-def mean_attention(vit: torch.nn.Module, photos: str, block: int) -> Tensor:
+def mean_attention(vit: VisionTransformer, photos: str, block: int) -> Tensor:
     """The mean over the photos of a block's attention, ``(H, N, N)``: a static layer's start in closed form."""
-    lean = leanvit.slim(vit, leanvit.DGSSA(layers=block))
+    lean = leanvit.slim(vit, leanvit.DGSSA(layers=(block,)))
     leanvit.warm_start(lean, vit, photos, steps=0, limit=PHOTOS, progress=False)
     return lean.blocks[block].attn.static.detach()
 
@@ -229,7 +234,7 @@ def _draw_cells(axes: Axes, cells: Tensor) -> None:
     height, width = cells.shape
     axes.imshow(_tints(cells), cmap="Blues", vmin=0, vmax=10, extent=(0, width, height, 0))
     axes.set(xlim=(-0.1, width + 0.1), ylim=(height + 0.1, -0.1), aspect="equal", xticks=[], yticks=[])
-    edge = {"color": BLUE, "linewidth": 1.6, "solid_capstyle": "projecting"}
+    edge: dict[str, Any] = {"color": BLUE, "linewidth": 1.6, "solid_capstyle": "projecting"}
     for row in range(height):
         for column in range(width):
             if column == 0 or cells[row, column] != cells[row, column - 1]:

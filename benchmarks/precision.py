@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import leanvit
@@ -36,7 +38,7 @@ METHODS = (
     "pruning:keep=0.7",
     "merging:r=12",
 )
-WARM_START = {"steps": 10, "limit": 128, "batch_size": 16, "progress": False}
+WARM_START: dict[str, Any] = {"steps": 10, "limit": 128, "batch_size": 16, "progress": False}
 
 
 def main() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
     table.to_json(args.output.with_suffix(".json"), environment=environment())
 
 
-def off_the_shelf(vit: nn.Module, text: str, photos: Path) -> nn.Module:
+def off_the_shelf(vit: VisionTransformer, text: str, photos: Path) -> nn.Module:
     """The dense model with a method, warm-started for a moment so that accuracy means something."""
     torch.manual_seed(0)
     lean = leanvit.slim(vit, *(parse(text) if text else ()))

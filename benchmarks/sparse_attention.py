@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import leanvit
@@ -74,7 +76,7 @@ def at_size(size: int, args: argparse.Namespace) -> list[Row]:
     ]
 
 
-def inputs(vit: torch.nn.Module, photos: Tensor, block: int) -> Tensor:
+def inputs(vit: VisionTransformer, photos: Tensor, block: int) -> Tensor:
     """What a block of the dense model is given, ``(B, N, C)``, a few photos at a time."""
     parts = []
     for some in photos.split(2):
@@ -85,7 +87,9 @@ def inputs(vit: torch.nn.Module, photos: Tensor, block: int) -> Tensor:
     return torch.cat(parts)
 
 
-def point(qkv: tuple[Tensor, ...], attention, keep: float, batch: int, precision: str, size: int, threads: int) -> Row:
+def point(
+    qkv: tuple[Tensor, ...], attention: Any, keep: float, batch: int, precision: str, size: int, threads: int
+) -> Row:
     """One row."""
     q, k, v = (x[:batch].to(PRECISIONS[precision]) for x in qkv)
     tokens = q.shape[2]

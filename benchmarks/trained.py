@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import leanvit
 from leanvit.data import open_data
@@ -101,7 +102,7 @@ def write(name: str, figures: dict[str, Any], args: argparse.Namespace) -> None:
     print(row, flush=True)
 
 
-def fine_tune(args: argparse.Namespace) -> tuple[torch.nn.Module, float]:
+def fine_tune(args: argparse.Namespace) -> tuple[VisionTransformer, float]:
     """The teacher, from its run folder if it is there."""
     folder = args.runs / f"teacher-{args.img_size}"
     if not (folder / f"checkpoint-{TEACHER_EPOCHS}").exists():
@@ -113,7 +114,7 @@ def fine_tune(args: argparse.Namespace) -> tuple[torch.nn.Module, float]:
     return model, leanvit.evaluate(model, data(args)[1], progress=False).top1
 
 
-def student(name: str, teacher: torch.nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+def student(name: str, teacher: VisionTransformer, args: argparse.Namespace) -> dict[str, Any]:
     """One row: before and after training, of the deployed form."""
     recipe = dict(STUDENTS[name])
     methods, warm, seed = parse(str(recipe["method"])), recipe.get("warm", True), int(recipe.get("seed", 0))
