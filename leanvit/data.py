@@ -286,7 +286,10 @@ def collate(samples: Sequence[Any], spare: Dataset[Any] | None = None) -> Any:
     if not read and spare is not None:
         others = map(spare.__getitem__, range(len(spare)))  # type: ignore[arg-type]
         read = list(islice((sample for sample in others if sample is not None), 1))
-    return default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.long))
+    try:
+        return default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.long))
+    except (TypeError, RuntimeError) as reason:  # not tensors, or not of one size
+        raise ReadError(f"images cannot be put into a batch: {' '.join(str(reason).split())}") from reason
 
 
 def image_batches(source: ImageSource, model: nn.Module, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
@@ -388,7 +391,10 @@ def _first_items(source: Any, batch_size: int, limit: int | None) -> Iterator[Te
     if not isinstance(source, DataLoader):
         raise DataError(f"images are given as a path, a data set, a loader or a tensor, not a {type(source).__name__}")
     for batch in source:
-        yield batch[0] if isinstance(batch, list | tuple) else batch
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(images, Tensor):
+            raise DataError(f"a batch is images, or starts with them, as a tensor; this one is {_kind(batch)}")
+        yield images
 
 
 def _spread(count: int, limit: int | None) -> list[int]:

@@ -112,8 +112,11 @@ def _listed_shards(folder: Path, split: str | None) -> list[str]:
     """The shards that the folder's `_info.json` (as timm writes it) lists for a split."""
     for name in ("_info.json", "info.json"):
         if split and (folder / name).is_file():
-            splits: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8")).get("splits", {})
-            return list(splits.get(split, {}).get("filenames", []))
+            try:
+                splits = json.loads((folder / name).read_text(encoding="utf-8")).get("splits", {})
+                return list(splits[split]["filenames"]) if split in splits else []
+            except (ValueError, TypeError, LookupError, AttributeError) as reason:
+                raise DataError(f"{folder / name} does not list shards by split: {reason!r}") from reason
     return []
 
 

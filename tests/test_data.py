@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from leanvit import data
 from leanvit.data import data_config, image_batches, labelled, loader, open_data, open_held_out, report_damage
@@ -355,6 +355,12 @@ class TestShards:
         with pytest.raises(DataError, match=r"train-0000\.tar cannot be read as a WebDataset shard"):
             open_data(f"wds/{shards}")
 
+    @pytest.mark.parametrize("text", ["{bad", "[]", '{"splits": {"train": []}}'])
+    def test_damaged_list_of_shards(self, shards, text) -> None:
+        (shards / "_info.json").write_text(text)
+        with pytest.raises(DataError, match=r"_info\.json does not list shards by split"):
+            open_data(f"wds/{shards}", split="train")
+
     def test_image_without_label(self, tmp_path) -> None:
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
             self.add(tar, "7.jpg", encoded(0))
@@ -595,6 +601,25 @@ class TestImageBatches:
     def test_no_images(self, source, match, tiny_vit) -> None:
         with pytest.raises(DataError, match=match):
             list(image_batches(source, tiny_vit, 4))
+
+    @pytest.mark.parametrize(
+        ("samples", "match"),
+        [
+            ([{"image": torch.zeros(3, 32, 32)}] * 2, "a batch is images, or starts with them, .* this one is a dict"),
+            ([picture(0)], "images cannot be put into a batch: .*PIL.Image.Image"),
+            ([torch.zeros(3, 32, 32), torch.zeros(3, 32, 24)], "images cannot be put into a batch: .*equal size"),
+        ],
+    )
+    def test_a_data_set_of_something_else(self, samples, match, tiny_vit) -> None:
+        class Samples(Dataset):
+            def __len__(self):
+                return len(samples)
+
+            def __getitem__(self, index):
+                return samples[index]
+
+        with pytest.raises(DataError, match=match):
+            list(image_batches(Samples(), tiny_vit, 4))
 
     def test_other_channels_than_the_models(self, tiny_vit) -> None:
         with pytest.raises(InputSizeError, match="the images have 1 channels, the model takes 3"):
